@@ -1,0 +1,1 @@
+"""Evidence: what happened, kept so that nobody can change it unseen."""

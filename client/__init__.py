@@ -1,0 +1,1 @@
+"""A lender's side: loans stay here; only a protected update leaves."""

@@ -1,0 +1,1 @@
+"""The domain: schemas, loans, bins, models and the metrics of credit."""

@@ -1,0 +1,53 @@
+"""Errors that a user can mend: what was wrong, where, and what to do.
+
+One class for each thing a caller would do differently. The message is one paragraph that names the
+setting, the value seen and the mend; it never holds a key, a token or a row of loans.
+"""
+
+
+class FedfinError(Exception):
+    """Base of every error that fedfin raises on purpose."""
+
+
+class ConfigError(FedfinError):
+    """A configuration file is missing, unreadable, or holds a key or value it may not."""
+
+
+class DataError(FedfinError):
+    """The lender's table cannot be used: names the row, the column, the rule and the mend."""
+
+
+class SchemaMismatchError(FedfinError):
+    """Two sides disagree on schema, bins or architecture: their vectors do not mean the same."""
+
+
+class EnrolmentError(FedfinError):
+    """A token, certificate or key is not accepted; says which and why."""
+
+
+class PolicyRefusalError(FedfinError):
+    """The lender's own policy forbids what the coordinator asked."""
+
+
+class PrivacyParameterError(FedfinError):
+    """A privacy parameter has no meaning or would give no protection."""
+
+
+class BudgetSpentError(FedfinError):
+    """A job would pass the lender's epsilon limit for this data snapshot."""
+
+
+class LedgerError(FedfinError):
+    """The privacy ledger cannot record, or holds what it cannot account for: work stops."""
+
+
+class TrainingError(FedfinError):
+    """Local training gave something that may not leave the lender (not finite, empty)."""
+
+
+class LinkError(FedfinError):
+    """The other side cannot be reached, or answers in a way that is not the protocol."""
+
+
+class QuorumError(FedfinError):
+    """Fewer lenders than the quorum took part."""

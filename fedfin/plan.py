@@ -1,0 +1,131 @@
+"""What a job is: the plan that the coordinator states and every lender checks before it takes part.
+
+The same types stand in federation.yaml (the edge) and in the proposal that travels to the lenders, so
+there is one definition of each key. Field descriptions are the documentation: docs/configuration.md and
+the annotated examples are written from them.
+"""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["CohortPlan", "JobPlan", "ModelPlan", "PrivacyPlan", "TrainingPlan"]
+
+
+class Section(BaseModel):
+    """A section of a configuration file: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelPlan(Section):
+    """The architecture, the same at every lender."""
+
+    kind: Literal["logistic", "mlp"] = Field(
+        default="logistic",
+        description="logistic: one weight per bin, a scorecard. mlp: piecewise-linear encoding, LayerNorm, ReLU.",
+    )
+    hidden: tuple[int, ...] = Field(
+        default=(32,), description="Widths of the MLP's hidden layers; ignored by logistic.", max_length=4
+    )
+    max_bins: int = Field(default=8, ge=2, le=64, description="Bins per numeric column, at most.")
+    seed: int = Field(default=0, ge=0, description="Seed of the public initial weights (not of any noise).")
+
+
+class TrainingPlan(Section):
+    """What each lender does between two messages."""
+
+    rounds: int = Field(default=20, ge=1, le=10_000, description="Rounds of the job.")
+    local_steps: int = Field(default=5, ge=1, le=10_000, description="Optimizer steps of a lender in a round.")
+    sample_rate: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description=(
+            "Chance of each loan to be in a step's batch (Poisson sampling); 1 takes all. A rate, not a batch"
+            " size, so that the noise multiplier is the same for all lenders and reveals no lender's size."
+        ),
+    )
+    learning_rate: float = Field(default=0.05, gt=0, le=10, description="AdamW's learning rate at the lender.")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    weighting: Literal["size", "sqrt", "equal"] = Field(
+        default="size",
+        description="A lender's weight in the average: its number of loans, the square root of it, or one for all.",
+    )
+    weight_cap: int = Field(
+        default=2000, ge=1, description="Loans above this count no further, so that no bank owns the model."
+    )
+    weight_bucket: int = Field(
+        default=50, ge=1, description="Loans are rounded down to a multiple of this before they become a weight."
+    )
+
+
+class PrivacyPlan(Section):
+    """The guarantee that each lender gives for each of its own loans."""
+
+    mode: Literal["local", "none"] = Field(
+        default="local",
+        description=(
+            "local: each lender's releases are differentially private by its own noise. none: no privacy; refused"
+            " unless the lender's bank.yaml says allow_no_privacy too."
+        ),
+    )
+    epsilon: float = Field(
+        default=3.0, gt=0, le=100, description="Epsilon of the whole job, bins and all rounds together."
+    )
+    delta: float = Field(default=1e-5, gt=0, lt=1e-2, description="Delta of the whole job.")
+    clipping_bound: float = Field(
+        default=1.0, gt=0, le=1e6, description="L2 clipping bound of one loan's gradient."
+    )
+    bins_share: float = Field(
+        default=0.05, gt=0, lt=1, description="Share of epsilon that the histograms for the bins may take."
+    )
+
+
+class CohortPlan(Section):
+    """Who must take part, and how long a round waits."""
+
+    min_lenders: int = Field(
+        default=2, ge=1, description="Quorum: fewer lenders online or answering, and the coordinator waits."
+    )
+    wait_for: int | None = Field(
+        default=None, ge=1, description="Lenders that must be online before the job starts; default: all enrolled."
+    )
+    start_timeout_s: float = Field(
+        default=600.0, gt=0, description="After this the job starts with the quorum that is online, seconds."
+    )
+    round_deadline_s: float = Field(
+        default=120.0, gt=0, description="A round ends without the lenders that have not answered by then, seconds."
+    )
+
+
+class JobPlan(Section):
+    """A whole training job."""
+
+    name: str = Field(
+        default="credit", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="The job's name, for people."
+    )
+    model: ModelPlan = Field(default_factory=ModelPlan, description="The architecture.")
+    training: TrainingPlan = Field(default_factory=TrainingPlan, description="Rounds and local steps.")
+    privacy: PrivacyPlan = Field(default_factory=PrivacyPlan, description="The guarantee.")
+    cohort: CohortPlan = Field(default_factory=CohortPlan, description="Quorum and deadlines.")
+
+    @model_validator(mode="after")
+    def _quorum_fits(self) -> "JobPlan":
+        wait_for = self.cohort.wait_for
+        if wait_for is not None and wait_for < self.cohort.min_lenders:
+            msg = f"cohort.wait_for is {wait_for}, below cohort.min_lenders {self.cohort.min_lenders}; raise it"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of one lender in the whole job."""
+        return self.training.rounds * self.training.local_steps
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the canonical JSON of the plan, hex."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()

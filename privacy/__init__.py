@@ -1,0 +1,1 @@
+"""Pure privacy arithmetic: clip, noise, account, keep the ledger."""

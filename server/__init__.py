@@ -1,0 +1,1 @@
+"""The coordinator's side: it runs rounds and never sees a loan."""

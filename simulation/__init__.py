@@ -1,0 +1,1 @@
+"""Experiments: whole federations on one machine."""

@@ -1,0 +1,1 @@
+"""How updates of a cohort become the next model: pure functions."""
