@@ -38,7 +38,9 @@ class TrainingPlan(Section):
     """What each lender does between two messages."""
 
     rounds: int = Field(default=20, ge=1, le=10_000, description="Rounds of the job.")
-    local_steps: int = Field(default=5, ge=1, le=10_000, description="Optimizer steps of a lender in a round.")
+    local_steps: int = Field(
+        default=5, ge=1, le=10_000, description="Optimizer steps of a lender in a round."
+    )
     sample_rate: float = Field(
         default=0.5,
         gt=0,
@@ -48,7 +50,9 @@ class TrainingPlan(Section):
             " size, so that the noise multiplier is the same for all lenders and reveals no lender's size."
         ),
     )
-    learning_rate: float = Field(default=0.05, gt=0, le=10, description="AdamW's learning rate at the lender.")
+    learning_rate: float = Field(
+        default=0.05, gt=0, le=10, description="AdamW's learning rate at the lender."
+    )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     weighting: Literal["size", "sqrt", "equal"] = Field(
         default="size",
@@ -58,7 +62,9 @@ class TrainingPlan(Section):
         default=2000, ge=1, description="Loans above this count no further, so that no bank owns the model."
     )
     weight_bucket: int = Field(
-        default=50, ge=1, description="Loans are rounded down to a multiple of this before they become a weight."
+        default=50,
+        ge=1,
+        description="Loans are rounded down to a multiple of this before they become a weight.",
     )
 
 
@@ -91,13 +97,17 @@ class CohortPlan(Section):
         default=2, ge=1, description="Quorum: fewer lenders online or answering, and the coordinator waits."
     )
     wait_for: int | None = Field(
-        default=None, ge=1, description="Lenders that must be online before the job starts; default: all enrolled."
+        default=None,
+        ge=1,
+        description="Lenders that must be online before the job starts; default: all enrolled.",
     )
     start_timeout_s: float = Field(
         default=600.0, gt=0, description="After this the job starts with the quorum that is online, seconds."
     )
     round_deadline_s: float = Field(
-        default=120.0, gt=0, description="A round ends without the lenders that have not answered by then, seconds."
+        default=120.0,
+        gt=0,
+        description="A round ends without the lenders that have not answered by then, seconds.",
     )
 
 
@@ -116,7 +126,9 @@ class JobPlan(Section):
     def _quorum_fits(self) -> "JobPlan":
         wait_for = self.cohort.wait_for
         if wait_for is not None and wait_for < self.cohort.min_lenders:
-            msg = f"cohort.wait_for is {wait_for}, below cohort.min_lenders {self.cohort.min_lenders}; raise it"
+            msg = (
+                f"cohort.wait_for is {wait_for}, below cohort.min_lenders {self.cohort.min_lenders}; raise it"
+            )
             raise ValueError(msg)
         return self
 
