@@ -1,0 +1,18 @@
+"""Fixtures that more than one test file uses."""
+
+from collections.abc import Iterator
+
+import pytest
+from postgres import PostgresServer, find_initdb, running, unprivileged_user
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A real PostgreSQL server, started when a test first asks for it."""
+    initdb, user = find_initdb(), unprivileged_user()
+    if initdb is None:
+        pytest.skip("PostgreSQL's initdb is not installed")
+    if user is None:
+        pytest.skip("PostgreSQL does not run as root, and there is neither a user postgres nor nobody")
+    with running(initdb, user) as server:
+        yield server
