@@ -13,7 +13,9 @@ from urllib.parse import quote
 
 import pandas as pd
 import sqlalchemy as sa
+from sqlalchemy import exc
 from sqlalchemy.engine import URL, Engine
+from sqlalchemy.pool import NullPool
 
 from fedfin.config import DataSource
 from fedfin.errors import ConfigError
@@ -58,7 +60,7 @@ def read_database(source: DataSource, base_dir: Path) -> pd.DataFrame:
         with engine.connect() as connection:
             result = connection.execute(_statement(source))
             names, rows = list(result.keys()), result.fetchall()
-    except sa.exc.SQLAlchemyError as error:
+    except exc.SQLAlchemyError as error:
         _refuse_database(error, engine)
     finally:
         engine.dispose()
@@ -90,8 +92,8 @@ def _engine(source: DataSource, base_dir: Path) -> Engine:
         case _:
             pass
     try:
-        return sa.create_engine(url, poolclass=sa.pool.NullPool, hide_parameters=True, **options)
-    except (sa.exc.NoSuchModuleError, ModuleNotFoundError):
+        return sa.create_engine(url, poolclass=NullPool, hide_parameters=True, **options)
+    except (exc.NoSuchModuleError, ModuleNotFoundError):
         msg = f"the driver for {url.drivername} is not installed; install it, or export a file"
         raise ConfigError(msg) from None
 
@@ -99,7 +101,7 @@ def _engine(source: DataSource, base_dir: Path) -> Engine:
 def _url(source: DataSource) -> URL:
     try:
         url = sa.make_url(source.url or "")
-    except (sa.exc.ArgumentError, ValueError):
+    except (exc.ArgumentError, ValueError):
         msg = "data.url is not an SQLAlchemy URL; write it like postgresql://reader@db.bank.example/loans"
         raise ConfigError(msg) from None
     if url.password is not None or _SECRET_OPTIONS & {key.casefold() for key in url.query}:
@@ -127,7 +129,7 @@ def _read_only_sqlite(url: URL, base_dir: Path) -> URL:
     return url.set(database=f"file:{quote(str(path.resolve()))}", query={"mode": "ro", "uri": "true"})
 
 
-def _refuse_database(error: sa.exc.SQLAlchemyError, engine: Engine) -> NoReturn:
+def _refuse_database(error: exc.SQLAlchemyError, engine: Engine) -> NoReturn:
     """Say what a database's refusal means, without PostgreSQL's own text, which may quote rows."""
     cause = getattr(error, "orig", None)
     details = cause.args[0] if cause is not None and cause.args else ""
@@ -141,7 +143,7 @@ def _refuse_database(error: sa.exc.SQLAlchemyError, engine: Engine) -> NoReturn:
             what = "asks for a password; name the environment variable that holds it in data.password_env"
     elif isinstance(cause, sqlite3.Error):
         what = f"says {details}; correct data.url, data.table or data.query"
-    elif isinstance(error, sa.exc.ResourceClosedError):
+    elif isinstance(error, exc.ResourceClosedError):
         what = "was given a statement that returns no rows; make data.query a SELECT"
     else:
         what = "cannot be reached; start it, or correct host and port in data.url"

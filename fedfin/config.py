@@ -237,7 +237,7 @@ def annotated(model: type[BaseModel], values: Mapping[str, Any], *, heading: str
         heading: The first comment.
     """
     lines = [f"# {line}".rstrip() for line in heading.strip().splitlines()]
-    lines += [""] + _annotate(model, values, indent=0)
+    lines += ["", *_annotate(model, values, indent=0)]
     return "\n".join(lines) + "\n"
 
 

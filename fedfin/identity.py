@@ -38,7 +38,10 @@ __all__ = [
     "fingerprint_of",
     "load_authority",
     "load_lender_keys",
+    "private_pem",
     "public_pem",
+    "save_lender_keys",
+    "secret_hash",
     "verify_signature",
     "write_private",
     "write_public",
@@ -143,7 +146,7 @@ class Invitation:
 
     def secret_hash(self) -> str:
         """Return what the coordinator keeps: SHA-256 over the secret, bound to the lender's name."""
-        return hashlib.sha256(f"fedfin invitation\n{self.name}\n{self.secret}".encode()).hexdigest()
+        return secret_hash(self.name, self.secret)
 
     def to_token(self) -> str:
         """Return the text that is handed to the lender, one word without spaces."""
@@ -160,7 +163,7 @@ class Invitation:
         """
         text, dot, check = token.strip().removeprefix(_TOKEN_PREFIX).partition(".")
         if not token.strip().startswith(_TOKEN_PREFIX) or not dot:
-            msg = f"this is no invitation token: it does not read {_TOKEN_PREFIX}...; copy the whole line that `fedfin server invite` printed"
+            msg = f"this is no invitation token (they begin with {_TOKEN_PREFIX}); copy the whole line again"
             raise EnrolmentError(msg)
         if not secrets.compare_digest(check, _check(text)):
             msg = "the token was altered or cut on its way (its check characters do not match); copy it again"
@@ -174,6 +177,11 @@ class Invitation:
             msg = "the token is of another release of fedfin; ask the coordinator for a new one"
             raise EnrolmentError(msg)
         return cls(*parts)
+
+
+def secret_hash(name: str, secret: str) -> str:
+    """Return the hash under which the coordinator knows an invitation: over the secret and the lender's name."""
+    return hashlib.sha256(f"fedfin invitation\n{name}\n{secret}".encode()).hexdigest()
 
 
 def create_authority(name: str) -> CertificateAuthority:

@@ -30,19 +30,19 @@ class ModelPlan(Section):
     hidden: tuple[int, ...] = Field(
         default=(32,), description="Widths of the MLP's hidden layers; ignored by logistic.", max_length=4
     )
-    max_bins: int = Field(default=8, ge=2, le=64, description="Bins per numeric column, at most.")
+    max_bins: int = Field(default=6, ge=2, le=64, description="Bins per numeric column, at most.")
     seed: int = Field(default=0, ge=0, description="Seed of the public initial weights (not of any noise).")
 
 
 class TrainingPlan(Section):
     """What each lender does between two messages."""
 
-    rounds: int = Field(default=20, ge=1, le=10_000, description="Rounds of the job.")
+    rounds: int = Field(default=10, ge=1, le=10_000, description="Rounds of the job.")
     local_steps: int = Field(
         default=5, ge=1, le=10_000, description="Optimizer steps of a lender in a round."
     )
     sample_rate: float = Field(
-        default=0.5,
+        default=1.0,
         gt=0,
         le=1,
         description=(
@@ -83,10 +83,10 @@ class PrivacyPlan(Section):
     )
     delta: float = Field(default=1e-5, gt=0, lt=1e-2, description="Delta of the whole job.")
     clipping_bound: float = Field(
-        default=1.0, gt=0, le=1e6, description="L2 clipping bound of one loan's gradient."
+        default=2.0, gt=0, le=1e6, description="L2 clipping bound of one loan's gradient."
     )
     bins_share: float = Field(
-        default=0.05, gt=0, lt=1, description="Share of epsilon that the histograms for the bins may take."
+        default=0.2, gt=0, lt=1, description="Share of epsilon that the histograms for the bins may take."
     )
 
 

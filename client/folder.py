@@ -1,0 +1,105 @@
+"""A lender's folder: bank.yaml, keys, the federation's schema, the ledger, jobs and models."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from fedfin.privacy.ledger import Ledger
+
+from fedfin.audit.journal import Journal
+from fedfin.config import LenderConfig, load_config
+from fedfin.credit.schema import Schema
+from fedfin.errors import ConfigError
+from fedfin.identity import LenderKeys, load_lender_keys, write_private, write_public
+
+__all__ = ["JobFolder", "LenderFolder"]
+
+_SALT_BYTES: Final = 32
+
+
+class LenderFolder:
+    """Where a lender's files are; opening it reads bank.yaml and schema.yaml, nothing else."""
+
+    def __init__(self, config_path: Path) -> None:
+        self.config_path = config_path.resolve()
+        self.config = load_config(config_path, LenderConfig)
+        self.directory = self.config_path.parent
+        self.root_path = self.directory / "ca.pem"
+        self.models_path = self.directory / "models"
+        self.jobs_path = self.directory / "jobs"
+        self.journal = Journal(self.directory / "log.jsonl")
+
+    def schema(self) -> Schema:
+        """Read the federation's schema as it was received at enrolment.
+
+        Raises:
+            ConfigError: The file is missing or does not parse.
+        """
+        path = self.directory / "schema.yaml"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            msg = f"{path} cannot be read ({error.strerror}); it is written by `fedfin client join`"
+            raise ConfigError(msg) from error
+        return Schema.from_yaml(text, origin=str(path))
+
+    def keys(self) -> LenderKeys:
+        """Read the lender's private keys."""
+        return load_lender_keys(self.directory / "keys")
+
+    def ledger(self) -> Ledger:
+        """Open the lender's privacy ledger."""
+        return Ledger(self.directory / "ledger.db")
+
+    def salt(self) -> bytes:
+        """Return the lender's secret salt (32 bytes), made at first use: it blinds digests of loans."""
+        path = self.directory / "keys" / "salt.key"
+        if not path.exists():
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            write_private(path, os.urandom(_SALT_BYTES))
+        salt = path.read_bytes()
+        if len(salt) != _SALT_BYTES:
+            msg = f"{path} is damaged; restore it from the backup, or the ledger cannot recognise the loans"
+            raise ConfigError(msg)
+        return salt
+
+    def job(self, job_id: str) -> "JobFolder":
+        """Return the folder of a job; it may not exist yet."""
+        return JobFolder(self.jobs_path / job_id)
+
+
+@dataclass(frozen=True, slots=True)
+class JobFolder:
+    """One job at this lender: what was accepted, and the answers that may leave (or have left)."""
+
+    path: Path
+
+    def accepted(self) -> dict[str, Any] | None:
+        """Return what was accepted (plan, snapshot, weight), or None."""
+        try:
+            text = (self.path / "job.json").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        accepted: dict[str, Any] = json.loads(text)
+        return accepted
+
+    def accept(self, **fields: str | float | None) -> None:
+        """Keep what was accepted, durably."""
+        (self.path / "outbox").mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_public(self.path / "job.json", (json.dumps(fields, indent=1) + "\n").encode(), mode=0o600)
+
+    def keep_answer(self, stage: str, data: bytes) -> None:
+        """Keep an answer, durably, before it is charged and sent."""
+        write_public(self._outbox(stage), data, mode=0o600)
+
+    def answer(self, stage: str) -> bytes | None:
+        """Return the kept answer of a stage, or None."""
+        try:
+            return self._outbox(stage).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _outbox(self, stage: str) -> Path:
+        return self.path / "outbox" / f"{stage.replace(' ', '-')}.bin"

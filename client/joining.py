@@ -1,0 +1,181 @@
+"""`fedfin client join TOKEN`: make the keys here, prove possession, receive the certificate and the schema."""
+
+import http.client
+import json
+import socket
+import ssl
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from pydantic import ValidationError
+
+from fedfin.client.folder import LenderFolder
+from fedfin.client.node import check_clock
+from fedfin.config import LenderConfig, annotated
+from fedfin.credit.schema import Schema
+from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
+from fedfin.errors import ConfigError, EnrolmentError, LinkError
+from fedfin.identity import (
+    Invitation,
+    LenderKeys,
+    create_lender_keys,
+    fingerprint_of,
+    public_pem,
+    save_lender_keys,
+    write_public,
+)
+
+__all__ = ["join"]
+
+_TIMEOUT_S: Final = 20.0
+_MAX_ANSWER: Final = 8 * 1024 * 1024
+
+
+def join(token: str, directory: Path) -> LenderFolder:
+    """Join the federation that the token names.
+
+    Args:
+        token: What `fedfin server invite` printed.
+        directory: A new or empty folder for the lender's keys and bank.yaml.
+
+    Returns:
+        The lender's folder; its bank.yaml still wants the place of the loans.
+
+    Raises:
+        EnrolmentError: The token is altered, used, expired or of another federation, or the server's root is
+            not the one the token names.
+        LinkError: The coordinator cannot be reached, or the clocks are too far apart.
+        ConfigError: The folder is not empty or cannot be written.
+    """
+    invitation = Invitation.from_token(token)
+    if directory.exists() and any(directory.iterdir()):
+        msg = f"{directory} is not empty; `fedfin client join` never overwrites keys: give a new folder with --dir"
+        raise ConfigError(msg)
+    root_pem = _pinned_root(invitation)
+    keys = create_lender_keys()
+    answer = _enrol(invitation, root_pem, keys)
+    certificate = x509.load_pem_x509_certificate(answer.certificate.encode())
+    if certificate.public_key() != keys.tls.public_key():
+        msg = "the coordinator's certificate is for another key than this lender's; ask its operator, and do not go on"
+        raise EnrolmentError(msg)
+    schema = Schema.from_yaml(answer.schema_text, origin="the federation's schema")
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"{directory} cannot be made ({error.strerror}); give a folder that you may write with --dir"
+        raise ConfigError(msg) from error
+    save_lender_keys(keys, directory / "keys")
+    write_public(directory / "ca.pem", root_pem)
+    write_public(directory / "certificate.pem", answer.certificate.encode())
+    write_public(directory / "schema.yaml", answer.schema_text.encode())
+    text = annotated(
+        LenderConfig,
+        {
+            "name": invitation.name,
+            "federation": answer.federation,
+            "coordinator": invitation.address,
+            "data": {"path": "loans.csv", "columns": {column.name: column.name for column in schema.columns}},
+        },
+        heading=(
+            f"{invitation.name}'s configuration; docs/configuration.md lists every key.\n"
+            "Next: say under data where your loans are, then run\n"
+            "    fedfin client check --config bank.yaml\n"
+            "    fedfin client --config bank.yaml"
+        ),
+    )
+    write_public(directory / "bank.yaml", text.encode())
+    folder = LenderFolder(directory / "bank.yaml")
+    folder.journal.write("enrolled", federation=answer.federation, root=invitation.fingerprint)
+    return folder
+
+
+def _pinned_root(invitation: Invitation) -> bytes:
+    """Fetch the root certificate and hold it against the fingerprint; nothing secret is sent here."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # the fingerprint below decides, before anything of ours is said
+    status, body = _request(invitation, context, "GET", "/v1/enrol/root", None)
+    try:
+        pem = str(json.loads(body)["root"]).encode()
+        root = x509.load_pem_x509_certificate(pem)
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"the server at {invitation.address} is no fedfin coordinator (status {status}); check the token's origin"
+        raise LinkError(msg) from error
+    if fingerprint_of(root) != invitation.fingerprint:
+        msg = (
+            f"the server at {invitation.address} belongs to another federation than the token, or somebody is in"
+            " between: the fingerprints of their root certificates differ. Nothing was sent; ask the coordinator"
+        )
+        raise EnrolmentError(msg)
+    return pem
+
+
+def _enrol(invitation: Invitation, root_pem: bytes, keys: LenderKeys) -> EnrolmentAnswer:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, invitation.name)])
+    certificate_request = (
+        x509.CertificateSigningRequestBuilder().subject_name(subject).sign(keys.tls, hashes.SHA256())
+    )
+    unsigned = EnrolmentRequest(
+        name=invitation.name,
+        secret=invitation.secret,
+        certificate_request=certificate_request.public_bytes(serialization.Encoding.PEM).decode(),
+        node_key=public_pem(keys.node.public_key()),
+        identity_key=public_pem(keys.identity.public_key()),
+        witness_key=public_pem(keys.witness.public_key()),
+        signatures={},
+    )
+    transcript = unsigned.transcript()
+    request = unsigned.model_copy(
+        update={
+            "signatures": {
+                "node": keys.node.sign(transcript, ec.ECDSA(hashes.SHA256())).hex(),
+                "identity": keys.identity.sign(transcript).hex(),
+                "witness": keys.witness.sign(transcript).hex(),
+            }
+        }
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(cadata=root_pem.decode())
+    status, body = _request(invitation, context, "POST", "/v1/enrol", request.model_dump_json().encode())
+    try:
+        if status == 200:
+            return EnrolmentAnswer.model_validate_json(body)
+        reason = str(json.loads(body)["error"])
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        msg = (
+            f"the coordinator's answer (status {status}) does not parse; both sides must run the same release"
+        )
+        raise LinkError(msg) from error
+    raise EnrolmentError(reason)
+
+
+def _request(
+    invitation: Invitation, context: ssl.SSLContext, method: str, path: str, body: bytes | None
+) -> tuple[int, bytes]:
+    host, _, port = invitation.address.rpartition(":")
+    connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=_TIMEOUT_S, context=context)
+    try:
+        connection.request(
+            method, path, body=body, headers={"content-type": "application/json"} if body else {}
+        )
+        response = connection.getresponse()
+        check_clock(response.getheader("date"))
+        return response.status, response.read(_MAX_ANSWER)
+    except ssl.SSLCertVerificationError as error:
+        msg = (
+            f"the server at {invitation.address} shows a certificate that the token's root did not sign"
+            f" ({error.verify_message}); somebody may be in between: nothing was sent, ask the coordinator"
+        )
+        raise EnrolmentError(msg) from error
+    except (OSError, http.client.HTTPException, socket.gaierror) as error:
+        msg = (
+            f"the coordinator at {invitation.address} cannot be reached ({error}); it must run (`fedfin server`)"
+            " while lenders join, and a firewall must let this machine through"
+        )
+        raise LinkError(msg) from error
+    finally:
+        connection.close()

@@ -1,0 +1,356 @@
+"""How a lender answers a coordinator: propose, histogram, train, finish. No Flower here.
+
+Every answer that carries something of the loans is first kept on disk, then charged to the ledger, then sent. A
+repeated question (the coordinator was restarted) gets the answer that was kept, so nothing is charged twice; an
+answer that was kept but not charged never left, so it is made anew.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedfin.client.evaluation import EVALUATION_FILE, evaluate
+from fedfin.client.folder import JobFolder, LenderFolder
+from fedfin.client.policy import check_plan, check_size
+from fedfin.client.preparation import PreparedLoans, prepare
+from fedfin.client.training import LocalPrivacy, train_locally
+from fedfin.credit.binning import Bins, encode, histogram, histogram_sensitivity, num_inputs
+from fedfin.credit.export import ReleasedModel, load_model, model_digest, save_model
+from fedfin.credit.models import (
+    Architecture,
+    encoding_of,
+    model_fingerprint,
+    num_parameters,
+    require_same_fingerprint,
+)
+from fedfin.errors import (
+    BudgetSpentError,
+    ConfigError,
+    DataError,
+    FedfinError,
+    LedgerError,
+    LinkError,
+    PolicyRefusalError,
+    SchemaMismatchError,
+    TrainingError,
+)
+from fedfin.plan import JobPlan
+from fedfin.privacy.accounting import CalibratedNoise, GaussianEvent, calibrate, job_events
+from fedfin.privacy.noise import NoiseSource, SecureNoise, require_production
+from fedfin.strategies.strategy import lender_weight
+from fedfin.update import (
+    Accepted,
+    AskHistogram,
+    Done,
+    Finish,
+    Histogram,
+    Message,
+    Propose,
+    Refused,
+    Train,
+    Update,
+    decode,
+)
+from fedfin.update import encode as encode_message
+
+__all__ = ["Lender"]
+
+_REASONS: Final[dict[type[FedfinError], str]] = {
+    # What stays inside is in the lender's own log; the coordinator learns only what it needs to go on.
+    BudgetSpentError: "its privacy budget does not allow the job",
+    DataError: "its loans do not pass its own check",
+    LedgerError: "its privacy ledger cannot record",
+    TrainingError: "its training did not succeed",
+    ConfigError: "its installation needs its engineer",
+}
+
+
+class Lender:
+    """Answers questions in the name of one lender; one question at a time."""
+
+    def __init__(self, folder: LenderFolder, say: Callable[[str], None]) -> None:
+        """Read the loans and open the ledger.
+
+        Raises:
+            ConfigError: bank.yaml, schema.yaml or a source does not hold.
+            DataError: The loans break the schema; `fedfin client check` shows all faults.
+            LedgerError: The ledger cannot be opened.
+        """
+        self._folder = folder
+        self._say = say
+        self._loans = prepare(folder)
+        self._ledger = folder.ledger()
+        self._noise: NoiseSource = require_production(SecureNoise())
+        self._encoded: tuple[str, NDArray[np.float32]] | None = None
+        self.job_id: str | None = None
+
+    @property
+    def loans(self) -> PreparedLoans:
+        """The loans as read at the start or at the last proposal."""
+        return self._loans
+
+    def close(self) -> None:
+        """Close the ledger."""
+        self._ledger.close()
+
+    def answer(self, data: bytes) -> bytes:
+        """Answer a question's bytes with an answer's bytes; a refusal is an answer.
+
+        Raises:
+            LinkError: The bytes are no question of this release.
+        """
+        question = decode(data, Propose, AskHistogram, Train, Finish)
+        if "/" in question.job_id or question.job_id.startswith(".") or len(question.job_id) > 80:
+            msg = f"the coordinator named a job {question.job_id[:80]!r}; a job's id is letters, digits and dashes"
+            raise LinkError(msg)
+        try:
+            return self._answer(question, data)
+        except FedfinError as error:
+            return encode_message(self._refuse(question, error))
+
+    def evaluate_pending(self) -> int:
+        """Judge every model that was received and not yet judged; return how many."""
+        judged = 0
+        for path in sorted(self._folder.models_path.glob("*/model.json")):
+            if not (path.parent / EVALUATION_FILE).exists():
+                self._say(
+                    f"judging model {path.parent.name[:12]} on {len(self._loans.holdout)} held-out loans"
+                )
+                result = evaluate(
+                    load_model(path.parent), self._loans.train, self._loans.holdout, path.parent
+                )
+                self._folder.journal.write("model_evaluated", model=path.parent.name)
+                self._say(result)
+                judged += 1
+        return judged
+
+    def _answer(self, question: Message, data: bytes) -> bytes:
+        match question:
+            case Propose():
+                answer: Message = self._propose(question)
+            case Finish():
+                answer = self._finish(question)
+            case AskHistogram():
+                return self._once("bins", question, data, self._histogram)
+            case Train():
+                return self._once(f"round {question.round}", question, data, self._train)
+            case _:
+                msg = f"{type(question).__name__} is no question"
+                raise LinkError(msg)
+        return encode_message(answer)
+
+    def _refuse(self, question: Message, error: FedfinError) -> Refused:
+        reason = next((text for kind, text in _REASONS.items() if isinstance(error, kind)), str(error))
+        self._folder.journal.write(
+            "refused",
+            job=question.job_id,
+            asked=type(question).__name__,
+            rule=type(error).__name__,
+            reason=str(error),
+        )
+        self._say(f"refused {type(question).__name__} of job {question.job_id}: {error}")
+        return Refused(question.job_id, reason)
+
+    def _propose(self, question: Propose) -> Accepted:
+        plan = _parse_plan(question.plan)
+        if question.schema_fingerprint != self._loans.schema.fingerprint():
+            msg = (
+                "the coordinator's schema is not the one this lender enrolled with; compare schema.yaml at both sides,"
+                " and replace the lender's copy only after its mapping in bank.yaml was checked"
+            )
+            raise SchemaMismatchError(msg)
+        job = self._folder.job(question.job_id)
+        accepted = job.accepted()
+        if accepted is None:
+            check_plan(plan, self._folder.config.policy)
+            self._loans = prepare(self._folder)  # a new job takes the table as it is now
+            self._encoded = None
+            weight = lender_weight(len(self._loans.train), plan.training)
+            if plan.privacy.mode == "local":
+                noise = _noise_of(plan)
+                self._ledger.reserve(
+                    question.job_id,
+                    self._loans.snapshot,
+                    job_events(noise, plan.training.sample_rate, plan.num_steps),
+                    plan.privacy.delta,
+                    self._folder.config.policy.epsilon_limit,
+                )
+            # After the reservation: killed in between, the same proposal reserves the same thing again.
+            job.accept(
+                job=question.job_id, plan=question.plan, plan_digest=plan.digest(), snapshot=self._loans.snapshot,
+                weight=weight,
+            )  # fmt: skip
+            self._folder.journal.write(
+                "job_accepted", job=question.job_id, plan=plan.digest(), mode=plan.privacy.mode,
+                epsilon=plan.privacy.epsilon if plan.privacy.mode == "local" else None,
+            )  # fmt: skip
+            self._say(
+                f"accepted job {question.job_id} ({plan.model.kind}, {plan.training.rounds} rounds, {_privacy(plan)})"
+            )
+            accepted = job.accepted() or {}
+        elif accepted["plan_digest"] != plan.digest():
+            msg = f"job {question.job_id} was accepted with another plan; a changed plan needs a new job"
+            raise PolicyRefusalError(msg)
+        self.job_id = question.job_id
+        return Accepted(question.job_id, float(accepted["weight"]))
+
+    def _once(
+        self,
+        stage: str,
+        question: Message,
+        data: bytes,
+        make: Callable[[Any, JobPlan], tuple[Message, tuple[GaussianEvent, ...]]],
+    ) -> bytes:
+        """Answer a stage of a job: from what was kept, or by making it, keeping it and charging it."""
+        job, plan = self._accepted_job(question.job_id)
+        asked = hashlib.sha256(data).digest()
+        kept = job.answer(stage)
+        # Without privacy there is no charge: what was kept counts as sent.
+        charged = plan.privacy.mode == "none" or self._ledger.committed(question.job_id, stage) is not None
+        if kept is not None and charged:
+            if kept[:32] != asked:
+                msg = f"{stage} of job {question.job_id} was answered for another model already; a stage has one answer"
+                raise PolicyRefusalError(msg)
+            self._folder.journal.write("answer_repeated", job=question.job_id, stage=stage)
+            return kept[32:]
+        if charged and kept is None and plan.privacy.mode != "none":
+            msg = f"{stage} of job {question.job_id} was charged but its answer is gone; it is not made twice"
+            raise LedgerError(msg)
+        answer, events = make(question, plan)
+        encoded = encode_message(answer)
+        job.keep_answer(stage, asked + encoded)
+        digest = hashlib.sha256(encoded).hexdigest()
+        if events:
+            self._ledger.commit(question.job_id, stage, events, digest)
+        self._folder.journal.write("released", job=question.job_id, stage=stage, digest=digest)
+        self.job_id = question.job_id
+        self._say(f"job {question.job_id}: {stage} answered")
+        return encoded
+
+    def _histogram(
+        self, question: AskHistogram, plan: JobPlan
+    ) -> tuple[Histogram, tuple[GaussianEvent, ...]]:
+        schema = self._loans.schema
+        counts = histogram(self._loans.train.frame, schema).astype(np.float64)
+        if plan.privacy.mode == "none":
+            return Histogram(question.job_id, counts), ()
+        multiplier = _noise_of(plan).bins_noise_multiplier
+        noised = counts + self._noise.normal(counts.shape, multiplier * histogram_sensitivity(schema))
+        return Histogram(question.job_id, noised), (GaussianEvent(multiplier),)
+
+    def _train(self, question: Train, plan: JobPlan) -> tuple[Update, tuple[GaussianEvent, ...]]:
+        training = plan.training
+        if not 1 <= question.round <= training.rounds:
+            msg = f"round {question.round} is not one of the plan's {training.rounds}"
+            raise PolicyRefusalError(msg)
+        bins, arch = self._model_of(question, plan)
+        if question.weights.size != num_parameters(arch):
+            msg = f"the coordinator sent {question.weights.size} weights for an architecture of {num_parameters(arch)}"
+            raise SchemaMismatchError(msg)
+        private = plan.privacy.mode == "local"
+        multiplier = _noise_of(plan).training_noise_multiplier if private else 0.0
+        delta = train_locally(
+            question.weights,
+            self._encode(bins, arch),
+            self._loans.train.labels,
+            architecture=arch,
+            training=training,
+            privacy=LocalPrivacy(multiplier, plan.privacy.clipping_bound) if private else None,
+            noise=self._noise,
+        )
+        events = (GaussianEvent(multiplier, training.sample_rate, training.local_steps),) if private else ()
+        return Update(question.job_id, question.round, question.fingerprint, delta), events
+
+    def _finish(self, question: Finish) -> Done:
+        job = self._folder.job(question.job_id)
+        if job.accepted() is None:
+            return Done(question.job_id)
+        if question.status == "completed":
+            _, plan = self._accepted_job(question.job_id, same_loans=False)
+            bins, _ = self._model_of(question, plan)
+            model = ReleasedModel(
+                job_id=question.job_id,
+                rounds=question.rounds,
+                plan=plan.model_dump_json(),
+                schema=self._loans.schema,
+                bins=bins,
+                fingerprint=question.fingerprint,
+                weights=question.weights,
+            )
+            save_model(model, self._folder.models_path / model.digest)
+            self._folder.journal.write(
+                "model_kept", job=question.job_id, model=model_digest(model.fingerprint, model.weights)
+            )
+            self._say(f"job {question.job_id}: model {model.digest[:12]} kept")
+        self._ledger.release(question.job_id)
+        self._folder.journal.write("job_ended", job=question.job_id, status=question.status)
+        self.job_id = None
+        return Done(question.job_id)
+
+    def _accepted_job(self, job_id: str, *, same_loans: bool = True) -> tuple[JobFolder, JobPlan]:
+        job = self._folder.job(job_id)
+        accepted = job.accepted()
+        if accepted is None:
+            msg = f"this lender did not accept job {job_id}; propose it first"
+            raise PolicyRefusalError(msg)
+        if same_loans and accepted["snapshot"] != self._loans.snapshot:
+            msg = (
+                f"the loans changed since job {job_id} was accepted; its budget was reserved for the earlier snapshot:"
+                " restore the table, or wait for the next job"
+            )
+            raise DataError(msg)
+        return job, JobPlan.model_validate_json(accepted["plan"])
+
+    def _model_of(self, question: Train | Finish, plan: JobPlan) -> tuple[Bins, Architecture]:
+        """Rebuild the architecture from the lender's own schema; refuse what does not have its fingerprint."""
+        schema = self._loans.schema
+        try:
+            bins = Bins.from_json(question.bins)
+            kind = plan.model.kind
+            arch = Architecture(
+                kind=kind,
+                num_inputs=num_inputs(schema, bins, encoding_of(kind)),
+                hidden=tuple(plan.model.hidden),
+            )
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            msg = "the coordinator's bins do not fit this lender's schema; compare schema.yaml at both sides"
+            raise SchemaMismatchError(msg) from error
+        own = model_fingerprint(schema.fingerprint(), bins.fingerprint(), arch)
+        require_same_fingerprint(own, question.fingerprint)
+        check_size(num_parameters(arch), self._folder.config.policy)
+        return bins, arch
+
+    def _encode(self, bins: Bins, arch: Architecture) -> NDArray[np.float32]:
+        key = f"{bins.fingerprint()} {arch.kind}"
+        if self._encoded is None or self._encoded[0] != key:
+            loans = encode(self._loans.train.frame, self._loans.schema, bins, encoding_of(arch.kind))
+            self._encoded = (key, loans)
+        return self._encoded[1]
+
+
+def open_lender(config_path: Path, say: Callable[[str], None]) -> Lender:
+    """Open the folder of a bank.yaml and read its loans; errors as `Lender`."""
+    return Lender(LenderFolder(config_path), say)
+
+
+def _parse_plan(text: str) -> JobPlan:
+    try:
+        return JobPlan.model_validate(json.loads(text))
+    except ValueError as error:
+        msg = "the proposed plan does not parse; both sides must run the same release of fedfin"
+        raise LinkError(msg) from error
+
+
+def _noise_of(plan: JobPlan) -> CalibratedNoise:
+    return calibrate(plan.privacy, sample_rate=plan.training.sample_rate, num_steps=plan.num_steps)
+
+
+def _privacy(plan: JobPlan) -> str:
+    if plan.privacy.mode == "none":
+        return "no privacy"
+    return f"epsilon {plan.privacy.epsilon:g} at delta {plan.privacy.delta:g}"

@@ -1,0 +1,47 @@
+"""What a lender agrees to. The coordinator's word is never enough: every proposal passes here first."""
+
+from fedfin.config import LenderPolicy
+from fedfin.errors import PolicyRefusalError
+from fedfin.plan import JobPlan
+
+__all__ = ["check_plan", "check_size"]
+
+
+def check_plan(plan: JobPlan, policy: LenderPolicy) -> None:
+    """Hold a proposed plan against the lender's policy.
+
+    Raises:
+        PolicyRefusalError: Names the first key that the policy does not allow, its value, and what would.
+    """
+    privacy = plan.privacy
+    if privacy.mode == "none" and not policy.allow_no_privacy:
+        msg = "privacy.mode is none, and this lender's policy.allow_no_privacy is false; use mode local"
+        raise PolicyRefusalError(msg)
+    if privacy.mode != "none" and privacy.delta > policy.max_delta:
+        msg = f"privacy.delta is {privacy.delta:g}, and this lender accepts at most {policy.max_delta:g}; lower it"
+        raise PolicyRefusalError(msg)
+    if plan.model.kind not in policy.models:
+        msg = (
+            f"model.kind is {plan.model.kind}, and this lender accepts {', '.join(policy.models)}; change it"
+        )
+        raise PolicyRefusalError(msg)
+    if plan.training.rounds > policy.max_rounds:
+        msg = f"training.rounds is {plan.training.rounds}, and this lender accepts {policy.max_rounds}; lower it"
+        raise PolicyRefusalError(msg)
+    if plan.cohort.min_lenders < policy.min_cohort:
+        msg = (
+            f"cohort.min_lenders is {plan.cohort.min_lenders}, and this lender joins cohorts of {policy.min_cohort}"
+            " and more only; raise it"
+        )
+        raise PolicyRefusalError(msg)
+
+
+def check_size(num_parameters: int, policy: LenderPolicy) -> None:
+    """Hold a model's size against the policy.
+
+    Raises:
+        PolicyRefusalError: The model has more parameters than the lender accepts.
+    """
+    if num_parameters > policy.max_parameters:
+        msg = f"the model has {num_parameters} parameters, and this lender accepts at most {policy.max_parameters}"
+        raise PolicyRefusalError(msg)

@@ -1,0 +1,73 @@
+"""The lender's loans, ready for jobs: read, checked, split into training and held-out loans."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from fedfin.privacy.ledger import snapshot_of
+
+from fedfin.client.folder import LenderFolder
+from fedfin.credit.schema import Schema
+from fedfin.credit.source import Loans, read_loans
+from fedfin.errors import DataError
+
+__all__ = ["PreparedLoans", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLoans:
+    """The loans that train, those that judge, and the digest under which the ledger knows the first.
+
+    Held-out loans never leave the lender and train nothing, so they cost no budget.
+    """
+
+    schema: Schema = field(repr=False)
+    train: Loans
+    holdout: Loans
+    snapshot: str
+
+
+def prepare(folder: LenderFolder) -> PreparedLoans:
+    """Read the lender's tables.
+
+    Raises:
+        ConfigError: The source cannot be opened.
+        DataError: A cell breaks the schema, or one side of the split lacks good or bad loans.
+    """
+    schema = folder.schema()
+    salt = folder.salt()
+    config = folder.config
+    loans = read_loans(config.data, schema, folder.directory)
+    if config.holdout.source is not None:
+        train, holdout = loans, read_loans(config.holdout.source, schema, folder.directory)
+    else:
+        train, holdout = _split(loans, config.holdout.fraction, salt)
+    _refuse_one_outcome(train, "training", "data")
+    _refuse_one_outcome(holdout, "held-out", "holdout")
+    return PreparedLoans(
+        schema=schema, train=train, holdout=holdout, snapshot=snapshot_of(train.frame, train.labels, salt)
+    )
+
+
+def _split(loans: Loans, fraction: float, salt: bytes) -> tuple[Loans, Loans]:
+    """Split by a keyed hash of each row: the same loan is always on the same side, equal rows stay together."""
+    key = hashlib.sha256(b"fedfin holdout\n" + salt).hexdigest()[:16]
+    hashes = pd.util.hash_pandas_object(loans.frame.assign(_label=loans.labels), index=False, hash_key=key)
+    held = (hashes.to_numpy() / np.float64(2**64)) < fraction
+    return _take(loans, ~held), _take(loans, held)
+
+
+def _take(loans: Loans, rows: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Loans:
+    return Loans(loans.frame[rows].reset_index(drop=True), loans.labels[rows])
+
+
+def _refuse_one_outcome(loans: Loans, side: str, key: str) -> None:
+    bad = int(loans.labels.sum())
+    if bad in {0, len(loans)}:
+        kind = "bad" if bad == 0 else "good"
+        msg = (
+            f"none of the {len(loans)} {side} loans is {kind}: nothing can be learned or judged; widen {key} in"
+            " bank.yaml to loans with both outcomes, or wait for more to mature"
+        )
+        raise DataError(msg)

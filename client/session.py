@@ -1,0 +1,70 @@
+"""`fedfin client --config bank.yaml`: one lender, one process, one lock."""
+
+import fcntl
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from fedfin.client.app import make_app
+from fedfin.client.folder import LenderFolder
+from fedfin.client.lender import Lender
+from fedfin.client.node import Node
+from fedfin.errors import ConfigError, FedfinError
+
+__all__ = ["serve"]
+
+
+def serve(config_path: Path, *, once: bool, stop: threading.Event, say: Callable[[str], None]) -> None:
+    """Take part until `stop` is set, or, with `once`, until one job's model was received and judged.
+
+    Raises:
+        ConfigError: bank.yaml does not hold, or another process serves this folder.
+        DataError: The loans break the schema.
+        LinkError: The coordinator does not accept this lender.
+    """
+    folder = LenderFolder(config_path)
+    keys = folder.keys()
+    with (folder.directory / "client.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            msg = f"another `fedfin client` serves {folder.directory} already; stop it first"
+            raise ConfigError(msg) from error
+        lock.write(str(os.getpid()))
+        lock.flush()
+        lender = Lender(folder, say)
+        say(f"{folder.config.name}: {len(lender.loans.train)} loans train, {len(lender.loans.holdout)} judge")
+        folder.journal.write("client_started", snapshot=lender.loans.snapshot)
+        failure: list[FedfinError] = []
+
+        def judge() -> None:
+            try:
+                if lender.evaluate_pending() and once:
+                    node.stop()
+            except FedfinError as error:
+                say(f"the model could not be judged: {error}")
+                folder.journal.write("evaluation_failed", reason=str(error))
+                if once:
+                    failure.append(error)
+                    node.stop()
+
+        node = Node(
+            folder.config.coordinator,
+            folder.root_path,
+            keys.node,
+            make_app(lender),
+            state_path=folder.directory / "node.json",
+            say=say,
+            idle=judge,
+        )
+        watcher = threading.Thread(target=lambda: (stop.wait(), node.stop()), daemon=True)
+        watcher.start()
+        try:
+            judge()  # of a model that was received before a stop
+            node.run()
+        finally:
+            folder.journal.write("client_stopped")
+            lender.close()
+        if failure:
+            raise failure[0]

@@ -1,0 +1,40 @@
+"""The `fedfin` command: the top of the house; the only place that prints and exits."""
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+from fedfin import cli_client, cli_demo, cli_server
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fedfin",
+    help="Federated credit scoring for banks and microfinance lenders.",
+    epilog="Example:  fedfin demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.add_typer(cli_server.app, name="server")
+app.add_typer(cli_client.app, name="client")
+app.command(name="demo", epilog=cli_demo.EPILOG)(cli_demo.demo)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Federated credit scoring for banks and microfinance lenders."""
+    if version:
+        typer.echo(f"fedfin {importlib.metadata.version('fedfin')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

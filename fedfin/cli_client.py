@@ -1,0 +1,187 @@
+"""`fedfin client`: a lender's commands."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from fedfin.cli_output import console, guarded, print_json, print_table, say
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="A lender: join a federation, check the loans, take part.",
+    no_args_is_help=False,
+    invoke_without_command=True,
+    rich_markup_mode="rich",
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="The lender's bank.yaml.", dir_okay=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+_DEFAULT = Path("bank.yaml")
+
+
+@app.callback(epilog="Example:  fedfin client --config north-bank/bank.yaml")
+def run(
+    context: typer.Context,
+    config: ConfigOption = _DEFAULT,
+    once: Annotated[
+        bool, typer.Option("--once", help="End after one job's model was received and judged.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Take part: answer the coordinator's jobs within this lender's policy and budget, until stopped.
+
+    Loans stay here. Lost connections are made again for as long as it runs.
+    """
+    if context.invoked_subcommand is not None:
+        context.obj = config
+        return
+    guarded(lambda: _run(config, once=once), debug=debug)
+
+
+@app.command(epilog="Example:  fedfin client join fedfin1_WyJub3J0aC1... --dir north-bank")
+def join(
+    token: Annotated[str, typer.Argument(help="What `fedfin server invite` printed.", show_default=False)],
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="A new folder; default: the lender's name.")
+    ] = None,
+    json_out: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Join a federation: make the keys here, receive certificate and schema, write bank.yaml."""
+
+    def work() -> None:
+        from fedfin.client.joining import join as join_federation
+        from fedfin.identity import Invitation
+
+        folder = join_federation(token, directory or Path(Invitation.from_token(token).name))
+        if json_out:
+            print_json({"config": str(folder.config_path), "name": folder.config.name})
+            return
+        say(
+            f"{folder.config.name} is enrolled in {folder.config.federation}; its keys are in {folder.directory}/keys"
+        )
+        say(f"next: say under data in {folder.config_path} where your loans are, then")
+        say(f"    fedfin client check --config {folder.config_path}")
+
+    guarded(work, json_out=json_out, debug=debug)
+
+
+@app.command(epilog="Example:  fedfin client check --config north-bank/bank.yaml")
+def check(
+    context: typer.Context,
+    config: ConfigOption = _DEFAULT,
+    json_out: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Look at the loans before anything is shared: every fault at once; exit 1 if the lender could not take part."""
+
+    def work() -> None:
+        from fedfin.client.checking import check_folder
+
+        report = check_folder(_chosen(context, config))
+        if json_out:
+            print_json(report.to_json())
+        else:
+            _show_report(report)
+        if not report.can_take_part:
+            raise SystemExit(1)
+
+    guarded(work, json_out=json_out, debug=debug)
+
+
+@app.command(epilog="Example:  fedfin client status --config north-bank/bank.yaml")
+def status(
+    context: typer.Context,
+    config: ConfigOption = _DEFAULT,
+    json_out: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show this lender's jobs, budget and models; nothing is sent."""
+
+    def work() -> None:
+        from fedfin.client.status import status_of
+
+        document = status_of(_chosen(context, config))
+        if json_out:
+            print_json(document)
+        else:
+            _show_status(document)
+
+    guarded(work, json_out=json_out, debug=debug)
+
+
+def _run(config: Path, *, once: bool) -> None:
+    from fedfin.client.session import serve
+
+    stop = threading.Event()
+
+    def interrupt(_signum: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    serve(config, once=once, stop=stop, say=say)
+
+
+def _show_report(report: Any) -> None:  # noqa: ANN401  (fedfin.credit.quality, imported late so that --help is quick)
+    rows = [
+        [
+            column.name,
+            column.kind,
+            *(
+                str(count) if count else "-"
+                for count in (column.missing, column.out_of_range, column.special)
+            ),
+        ]
+        for column in report.columns
+    ]
+    print_table(
+        f"{report.rows} loans, bad rate {report.bad_rate:.1%}"
+        if report.bad_rate is not None
+        else f"{report.rows} loans",
+        ["column", "kind", "missing", "out of range", "special"],
+        rows,
+        numeric_from=2,
+    )
+    styles = {"error": "red", "warning": "yellow", "note": "dim"}
+    for finding in report.findings:
+        say(f"{finding.severity}: {finding.message}; {finding.mend}", style=styles[finding.severity])
+    if report.can_take_part:
+        say("these loans can take part", style="bold green")
+    else:
+        say("these loans cannot take part until the errors above are mended", style="bold red")
+
+
+def _show_status(document: dict[str, Any]) -> None:
+    say(f"{document['name']} in {document['federation']}, coordinator {document['coordinator']}")
+    for snapshot in document["snapshots"]:
+        console.print(
+            f"budget of loans {snapshot['snapshot'][:12]}: spent epsilon {snapshot['epsilon_rdp']:.3f} (RDP, enforced),"
+            f" {snapshot['epsilon_pld']:.3f} (PLD, tighter), reserved {snapshot['reserved_rdp']:.3f} with it,"
+            f" limit {document['epsilon_limit']:g}, at delta {snapshot['delta']:g}, neighbours differ by one loan"
+            " added or removed"
+        )
+    rows = [
+        [
+            model["model"][:12],
+            *(
+                f"{model['arms'][arm]['auc']:.3f}" if model.get("arms") else "-"
+                for arm in ("alone", "federated")
+            ),
+            f"{model['gain']['auc']:+.3f}" if model.get("gain") else "not judged yet",
+        ]
+        for model in document["models"]
+    ]
+    print_table("models", ["model", "AUROC alone", "AUROC federated", "gain"], rows)
+
+
+def _chosen(context: typer.Context, config: Path) -> Path:
+    """Return --config of the subcommand, or the one given before it."""
+    return context.obj if config == _DEFAULT and isinstance(context.obj, Path) else config

@@ -1,0 +1,164 @@
+"""`fedfin demo`: the first thing anyone runs."""
+
+import datetime as dt
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fedfin.cli_output import console, guarded, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from fedfin.simulation.demo import DemoResult
+
+__all__ = ["EPILOG", "demo"]
+
+EPILOG: Final = "Example:  fedfin demo --lenders 8 --rounds 20 --dir my-demo"
+
+
+def demo(
+    lenders: Annotated[
+        int, typer.Option("--lenders", help="Lenders, 2 to 8; 8 are three banks and five small.")
+    ] = 8,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="Rounds; default: the plan's.", min=1)
+    ] = None,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Epsilon of the whole job, delta 1e-5.")] = 3.0,
+    no_privacy: Annotated[
+        bool, typer.Option("--no-privacy", help="Train without differential privacy.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of the split of the loans (never of noise).", min=0)
+    ] = 0,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", help="A new folder for all that the demo makes.", show_default=False),
+    ] = None,
+    json_out: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead of text.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Run a whole federation on this machine: real processes, TLS, 4,454 real loans; ends with a report."""
+    stop = threading.Event()
+
+    def interrupt(_signum: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+
+    def work() -> None:
+        from fedfin.simulation.demo import run_demo
+        from fedfin.simulation.report import write_report
+
+        target = directory or Path(f"fedfin-demo-{dt.datetime.now(dt.UTC):%Y%m%d-%H%M%S}")
+        with _View(quiet=json_out) as view:
+            result = run_demo(
+                target.resolve(),
+                num_lenders=lenders,
+                rounds=rounds,
+                epsilon=None if no_privacy else epsilon,
+                seed=seed,
+                say=view.show,
+                stop=stop,
+            )
+        report = write_report(result)
+        if json_out:
+            print_json(result.to_json())
+        else:
+            _show(result, report)
+
+    guarded(work, json_out=json_out, debug=debug)
+
+
+class _View:
+    """One bar for the whole demo, with a word on what happens."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=console, disable=quiet,
+        )  # fmt: skip
+        self._task = self._progress.add_task("starting the coordinator", total=None)
+        self._quiet = quiet
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        match event["event"]:
+            case "stage":
+                self._progress.update(self._task, description=event["text"])
+            case "waiting":
+                count = len(event["online"])
+                self._progress.update(self._task, description=f"lenders online: {count} of {event['wanted']}")
+            case "round":
+                text = f"round {event['round']}: {len(event['lenders'])} lenders train on their own loans"
+                self._progress.update(
+                    self._task, description=text, total=event["of"], completed=event["round"] - 1
+                )
+            case "round_done":
+                self._progress.update(self._task, completed=event["round"])
+                if event["missing"] and not self._quiet:
+                    say(f"round {event['round']}: missing {', '.join(event['missing'])}", style="yellow")
+            case "refused" if not self._quiet:
+                say(f"{event['lender']} does not take part: {event['reason']}", style="yellow")
+            case "judged":
+                self._progress.update(
+                    self._task,
+                    description="each lender judges the model",
+                    total=event["of"],
+                    completed=event["count"],
+                )
+            case _:
+                pass
+
+
+def _show(result: "DemoResult", report: Path) -> None:
+    rows = [
+        [
+            lender.name,
+            lender.kind,
+            str(lender.n_train),
+            *(f"{arm['auc']:.3f}" for arm in (lender.alone, lender.federated, lender.pooled)),
+            f"{lender.gain[0]:+.3f}",
+            f"{lender.gain[1]:+.3f} to {lender.gain[2]:+.3f}",
+            *(f"{arm['ks']:.2f}" for arm in (lender.alone, lender.federated, lender.pooled)),
+            *(f"{arm['brier']:.3f}" for arm in (lender.alone, lender.federated, lender.pooled)),
+        ]
+        for lender in result.lenders
+    ]
+    guarantee = "no privacy" if result.epsilon is None else f"epsilon {result.epsilon:g}, delta 1e-5"
+    print_table(
+        f"{len(result.lenders)} lenders, {result.plan.training.rounds} rounds, {guarantee};"
+        f" {result.num_holdout} held-out loans, the same for all arms",
+        [
+            "lender", "kind", "loans", "AUC alone", "federated", "pooled", "gain", "95% interval",
+            "KS alone", "fed.", "pooled", "Brier alone", "fed.", "pooled",
+        ],
+        rows,
+        numeric_from=2,
+    )  # fmt: skip
+    small = [lender for lender in result.lenders if lender.kind == "small"]
+    if small:
+        mean = sum(lender.gain[0] for lender in small) / len(small)
+        say(f"A small lender gains {mean:+.3f} AUC on average. {result.seconds:.0f} s in all.", style="bold")
+    first = result.directory / "lenders" / result.lenders[0].name / "bank.yaml"
+    coordinator = result.directory / "coordinator" / "federation.yaml"
+    say(f"report: {report}")
+    say("try next:")
+    say(f"    fedfin client status --config {first}")
+    say(f"    fedfin client check --config {first}")
+    say(f"    fedfin server status --config {coordinator}")
+    say("    fedfin demo --no-privacy")
+    say("    fedfin server init my-federation        # your own, with docs/coordinator.md")

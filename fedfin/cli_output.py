@@ -1,0 +1,76 @@
+"""How the commands speak: tables and bars for people, one JSON document with --json, one paragraph for an error."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedfin.errors import FedfinError
+
+__all__ = ["console", "fail", "guarded", "print_json", "print_table", "say"]
+
+console = Console(highlight=False, soft_wrap=True)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str, *, style: str = "") -> None:
+    """Print a line; brackets in it are text, not markup."""
+    console.print(Text(text, style=style))
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document and nothing else."""
+    sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]], *, numeric_from: int = 1) -> None:
+    """Print a table; columns from `numeric_from` on are set to the right."""
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(Text(column), justify="right" if index >= numeric_from else "left")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def fail(message: str, *, json_out: bool = False) -> NoReturn:
+    """Print an error as one paragraph (or as JSON) and exit 1."""
+    if json_out:
+        print_json({"error": message})
+    else:
+        _errors.print(Text.assemble(("fedfin: ", "bold red"), message))
+    raise SystemExit(1)
+
+
+def guarded(work: Callable[[], None], *, json_out: bool = False, debug: bool = False) -> None:
+    """Run a command's work; an error that a user can mend ends it with one paragraph, Ctrl-C with a word.
+
+    Args:
+        work: What the command does.
+        json_out: Errors as JSON on standard output, too.
+        debug: Show the traceback; also with FEDFIN_DEBUG=1.
+    """
+    try:
+        work()
+    except FedfinError as error:
+        if debug or os.environ.get("FEDFIN_DEBUG") == "1":
+            traceback.print_exc()
+        fail(str(error), json_out=json_out)
+    except KeyboardInterrupt:
+        _errors.print("\nstopped")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+    except OSError as error:
+        if debug or os.environ.get("FEDFIN_DEBUG") == "1":
+            traceback.print_exc()
+        where = f" ({error.filename})" if error.filename else ""
+        fail(f"the system refused: {error.strerror or error}{where}; free the disk or mend the permissions",
+             json_out=json_out)  # fmt: skip

@@ -1,0 +1,318 @@
+"""`fedfin server`: the coordinator's commands."""
+
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fedfin.cli_output import console, guarded, print_json, print_table, say
+from fedfin.errors import ConfigError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="The coordinator: found a federation, invite lenders, run the job.",
+    no_args_is_help=False,
+    invoke_without_command=True,
+    rich_markup_mode="rich",
+)
+
+ConfigOption = Annotated[
+    Path,
+    typer.Option("--config", help="The federation's federation.yaml.", show_default=True, dir_okay=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+_DEFAULT = Path("federation.yaml")
+
+
+@app.callback(
+    epilog="Example:  fedfin server --config fed/federation.yaml",
+)
+def run(
+    context: typer.Context,
+    config: ConfigOption = _DEFAULT,
+    new_job: Annotated[
+        bool,
+        typer.Option(
+            "--new-job",
+            help="Abandon an unfinished job, or train a finished plan again (spends the lenders' budgets again).",
+        ),
+    ] = False,
+    json_out: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run the federation: listen for lenders, run the job of federation.yaml, send every lender the model.
+
+    Stopped (Ctrl-C) or killed at any point, it goes on from the last completed round when it is started again.
+    """
+    if context.invoked_subcommand is not None:
+        context.obj = config
+        return
+    guarded(lambda: _run(config, new_job=new_job, json_out=json_out), json_out=json_out, debug=debug)
+
+
+@app.command(epilog="Example:  fedfin server init fed --name coop --address fed.example.org:9443")
+def init(
+    directory: Annotated[Path, typer.Argument(help="A new folder for the federation.")],
+    name: Annotated[str, typer.Option(help="The federation's name: letters, digits, dashes.")] = "federation",
+    address: Annotated[
+        str, typer.Option(help="host:port under which lenders will reach the coordinator.")
+    ] = "127.0.0.1:9443",
+    schema: Annotated[
+        Path | None,
+        typer.Option(help="The federation's schema.yaml; default: that of the demo's loans, to start from."),
+    ] = None,
+    json_out: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a federation's folder: authority, keys, schema.yaml, and a federation.yaml that runs as it is."""
+
+    def work() -> None:
+        from fedfin.credit.schema import Schema
+        from fedfin.server.founding import found
+
+        text = _read_schema(schema)
+        Schema.from_yaml(text, origin=str(schema or "the demo's schema"))
+        federation = found(directory, name=name, address=address, schema_text=text, job={})
+        fingerprint = federation.authority().fingerprint
+        if json_out:
+            print_json(
+                {"config": str(federation.config_path), "fingerprint": fingerprint, "address": address}
+            )
+            return
+        say(f"federation {name} made in {directory}")
+        say(f"root fingerprint (SHA-256): {fingerprint}")
+        say(f"next: look at {federation.config_path} and schema.yaml, then invite each lender:")
+        say(f"    fedfin server invite NAME --config {federation.config_path}")
+        say(f"    fedfin server --config {federation.config_path}")
+
+    guarded(work, json_out=json_out, debug=debug)
+
+
+@app.command(epilog="Example:  fedfin server invite north-bank --config fed/federation.yaml")
+def invite(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The lender's name: letters, digits, dashes.")],
+    config: ConfigOption = _DEFAULT,
+    json_out: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Print a token with which one lender can join: once, within 24 hours, under this name."""
+
+    def work() -> None:
+        import re
+
+        from fedfin.identity import LENDER_NAME_PATTERN, Invitation
+        from fedfin.server.founding import open_federation
+
+        if not re.match(LENDER_NAME_PATTERN, name):
+            msg = f"{name!r} is no lender's name; use 1 to 40 small letters, digits and dashes, such as north-bank"
+            raise ConfigError(msg)
+        federation = open_federation(_chosen(context, config))
+        invitation = Invitation.create(name, federation.config.address, federation.authority().fingerprint)
+        federation.store.invite(invitation)
+        if json_out:
+            print_json({"name": name, "token": invitation.to_token(), "address": invitation.address})
+            return
+        # The token alone on standard output, so that a script can take it.
+        sys.stdout.write(invitation.to_token() + "\n")
+        print(  # noqa: T201
+            f"for {name}, once, within 24 hours, while `fedfin server` runs:  fedfin client join TOKEN",
+            file=sys.stderr,
+        )
+
+    guarded(work, json_out=json_out, debug=debug)
+
+
+@app.command(epilog="Example:  fedfin server roster --config fed/federation.yaml")
+def roster(
+    context: typer.Context,
+    config: ConfigOption = _DEFAULT,
+    json_out: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the enrolled lenders and the open invitations."""
+
+    def work() -> None:
+        import hashlib
+
+        from fedfin.server.founding import open_federation
+
+        store = open_federation(_chosen(context, config)).store
+        members = [
+            {"name": m.name, "identity": hashlib.sha256(m.identity_key.encode()).hexdigest()}
+            for m in store.members()
+        ]
+        pending = [{"name": name, "expires": expires} for name, expires in store.pending_invitations()]
+        if json_out:
+            print_json({"members": members, "invitations": pending})
+            return
+        print_table(
+            f"{len(members)} enrolled",
+            ["lender", "identity key (SHA-256)"],
+            [[m["name"], m["identity"][:32]] for m in members],
+        )
+        if pending:
+            print_table(
+                "open invitations", ["lender", "until"], [[p["name"], p["expires"][:16]] for p in pending]
+            )
+
+    guarded(work, json_out=json_out, debug=debug)
+
+
+@app.command(epilog="Example:  fedfin server status --config fed/federation.yaml")
+def status(
+    context: typer.Context,
+    config: ConfigOption = _DEFAULT,
+    json_out: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show the federation's jobs: how far each is, who took part, who still waits for the model."""
+
+    def work() -> None:
+        from fedfin.server.founding import open_federation
+
+        store = open_federation(_chosen(context, config)).store
+        jobs: list[dict[str, Any]] = []
+        for job in store.jobs():
+            checkpoint = store.checkpoint(job.job_id)
+            jobs.append(
+                {
+                    "job": job.job_id,
+                    "status": job.status,
+                    "round": checkpoint.round if checkpoint else None,
+                    "of": json.loads(job.plan)["training"]["rounds"],
+                    "lenders": sorted(store.weights(job.job_id)),
+                    "undelivered": list(store.undelivered(job.job_id)) if job.status != "running" else [],
+                    "created": job.created_at,
+                }
+            )
+        if json_out:
+            print_json({"jobs": jobs})
+            return
+        rows = [
+            [
+                job["job"],
+                job["status"],
+                f"{job['round'] if job['round'] is not None else '-'}/{job['of']}",
+                str(len(job["lenders"])),
+                ", ".join(job["undelivered"]) or "-",
+            ]
+            for job in jobs
+        ]
+        print_table(
+            "jobs", ["job", "status", "round", "lenders", "still without the model"], rows, numeric_from=2
+        )
+
+    guarded(work, json_out=json_out, debug=debug)
+
+
+def _run(config: Path, *, new_job: bool, json_out: bool) -> None:
+    from fedfin.server.founding import open_federation
+    from fedfin.server.supervisor import supervise
+
+    federation = open_federation(config)
+    signal.signal(signal.SIGTERM, _interrupt)
+    events: list[Mapping[str, Any]] = []
+    if json_out:
+        supervise(federation, new_job=new_job, on_event=events.append)
+        print_json({"events": events, "run": _last(events, "run"), "model": _last(events, "model")})
+        return
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
+        transient=True,
+    )  # fmt: skip
+    with progress:
+        view = _View(progress)
+        supervise(federation, new_job=new_job, on_event=view.show)
+
+
+class _View:
+    """Shows a job's events as they happen."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("starting", total=None)
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        match event["event"]:
+            case "listening":
+                self._line(f"listening on {event['address']}")
+                self._describe("waiting for lenders")
+            case "waiting":
+                self._line(
+                    f"waiting: {len(event['online'])} of {event['wanted']} lenders online"
+                    + (f"; away: {', '.join(event['for'])}" if event["for"] else "; none is enrolled yet")
+                )
+            case "accepted":
+                self._line(f"{event['lender']} takes part")
+            case "refused" | "unanswered":
+                self._line(f"{event['lender']} does not take part: {event['reason']}", style="yellow")
+            case "cohort":
+                self._line(f"cohort of {len(event['lenders'])}: {', '.join(event['lenders'])}")
+            case "round":
+                self._progress.update(self._task, total=event["of"], completed=event["round"] - 1)
+                self._describe(f"round {event['round']}: {len(event['lenders'])} lenders train")
+            case "round_done" | "round_short":
+                self._progress.update(self._task, total=event["of"], completed=event["round"])
+                missing = "".join(f"; missing {name} ({why})" for name, why in event["missing"].items())
+                short = " too few answered, again" if event["event"] == "round_short" else ""
+                self._line(
+                    f"round {event['round']:>3}/{event['of']}:{short} {len(event['cohort'])} lenders,"
+                    f" {event['seconds']:.1f} s{missing}",
+                    style="yellow" if missing or short else "",
+                )
+            case "bins":
+                self._line(f"bins placed from {event['lenders']} lenders' histograms")
+            case "delivered" if event["missing"]:
+                self._line(
+                    f"still without the model: {', '.join(event['missing'])}; run `fedfin server` again later",
+                    style="yellow",
+                )
+            case "link_died" | "app_died":
+                self._line(f"{'the SuperLink' if event['event'] == 'link_died' else 'the ServerApp'} died"
+                           f" (status {event['status']}); started again", style="yellow")  # fmt: skip
+            case "started" | "resumed" | "abandoned":
+                self._line(f"job {event['job']} {event['event']}")
+            case "released":
+                self._line(f"model {event['model'][:12]} released: {event['run']}/model", style="bold")
+            case _:
+                pass
+
+    def _line(self, text: str, *, style: str = "") -> None:
+        say(text, style=style)
+
+    def _describe(self, text: str) -> None:
+        self._progress.update(self._task, description=text)
+
+
+def _chosen(context: typer.Context, config: Path) -> Path:
+    """Return --config of the subcommand, or the one given before it."""
+    return context.obj if config == _DEFAULT and isinstance(context.obj, Path) else config
+
+
+def _read_schema(path: Path | None) -> str:
+    if path is None:
+        return (resources.files("fedfin.simulation") / "credit_data.yaml").read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        msg = f"{path} cannot be read ({error.strerror}); give the federation's schema with --schema"
+        raise ConfigError(msg) from error
+
+
+def _last(events: list[Mapping[str, Any]], key: str) -> str | None:
+    return next((event[key] for event in reversed(events) if key in event), None)
+
+
+def _interrupt(_signum: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

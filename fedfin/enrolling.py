@@ -1,0 +1,39 @@
+"""What a lender and the coordinator say to each other at enrolment: the two documents, as types."""
+
+import json
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedfin.identity import LENDER_NAME_PATTERN, secret_hash
+
+__all__ = ["EnrolmentAnswer", "EnrolmentRequest"]
+
+
+class EnrolmentRequest(BaseModel):
+    """What a lender sends; `signatures` are over `transcript`, hex."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=LENDER_NAME_PATTERN)
+    secret: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
+    certificate_request: str = Field(max_length=4000)
+    node_key: str = Field(max_length=1000)
+    identity_key: str = Field(max_length=1000)
+    witness_key: str = Field(max_length=1000)
+    signatures: dict[str, str] = Field(max_length=3)
+
+    def transcript(self) -> bytes:
+        """Return the bytes that each key signs: everything but the signatures, with the secret as its hash."""
+        body = self.model_dump(exclude={"signatures", "secret"})
+        body["secret_hash"] = secret_hash(self.name, self.secret)
+        return b"fedfin enrolment 1\n" + json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+class EnrolmentAnswer(BaseModel):
+    """What the coordinator answers: the lender's certificate (PEM), schema.yaml, the federation's name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    certificate: str
+    schema_text: str
+    federation: str = Field(pattern=LENDER_NAME_PATTERN)

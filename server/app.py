@@ -1,0 +1,252 @@
+"""The ServerApp's process: Flower's Grid on one side, the job's loop on the other.
+
+It is started by the supervisor, takes a run from the SuperLink through the inner listener, runs the job and
+prints one JSON line an event. Its poll is 0.1 s where Flower's own is 3 s. Private parts of flwr 1.41 used here
+are held to a contract by tests/test_flower_contract.py.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from flwr.app import Context
+from flwr.app import Message as FlowerMessage
+from flwr.common.serde import context_from_proto, run_from_proto
+from flwr.proto.runtime_pb2 import PullTaskInputRequest, PushTaskOutputRequest
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from fedfin.credit.binning import Bins
+from fedfin.credit.export import ReleasedModel, save_model
+from fedfin.credit.schema import Schema
+from fedfin.errors import FedfinError, LinkError
+from fedfin.server.founding import Federation, open_federation
+from fedfin.server.registry import RunDirectory
+from fedfin.server.roster import Checkpoint, FederationStore
+from fedfin.server.rounds import Answers, choose_job, run_job
+from fedfin.update import Message, Refused, decode, encode
+from fedfin.wire import MESSAGE_TYPES, from_record, to_record
+
+__all__ = ["EXIT_LINK_LOST", "GridExchange", "main"]
+
+EXIT_LINK_LOST: Final = 75
+"""Exit status that asks the supervisor to start the process again (the SuperLink went away)."""
+
+_POLL_S: Final = 0.1
+_ONLINE_FRESH_S: Final = 0.3
+
+
+class GridExchange:
+    """The way to the lenders over Flower's Grid; failures are put down to the lender they belong to."""
+
+    def __init__(self, grid: Grid, store: FederationStore) -> None:
+        self._grid = grid
+        self._store = store
+        self._names: dict[int, str] = {}
+        self._online: frozenset[str] = frozenset()
+        self._asked_at = 0.0
+
+    def online(self) -> frozenset[str]:
+        """Return the names of the enrolled lenders whose node is online."""
+        if time.monotonic() - self._asked_at > _ONLINE_FRESH_S:
+            # HttpGrid's get_nodes; the Grid's public get_node_ids would lose the keys that name the lenders.
+            nodes = list(self._grid.get_nodes())  # type: ignore[attr-defined]  # flwr types it on HttpGrid only
+            by_key = {_key_bytes(member.node_key): member.name for member in self._store.members()}
+            self._names = {
+                node.node_id: by_key[node.public_key] for node in nodes if node.public_key in by_key
+            }
+            self._online = frozenset(self._names.values())
+            self._asked_at = time.monotonic()
+        return self._online
+
+    def ask(
+        self,
+        requests: Mapping[str, Message],
+        expected: type[Message],
+        *,
+        deadline_s: float,
+        on_reply: Callable[[str], None] | None = None,
+    ) -> Answers:
+        """Send each lender its request; return when all have answered, or at the deadline."""
+        end = time.monotonic() + deadline_s
+        node_of = {name: node for node, name in self._names.items()}
+        answers = Answers(replies={}, failures={})
+        waiting: dict[str, str] = {}
+        names = [name for name in requests if name in node_of]
+        packed: dict[int, bytes] = {}
+        messages = [
+            FlowerMessage(
+                # One encoding for all lenders: Flower stores equal content once.
+                content=to_record(packed.setdefault(id(requests[name]), encode(requests[name]))),
+                dst_node_id=node_of[name],
+                message_type=MESSAGE_TYPES[type(requests[name])],
+                ttl=deadline_s + 60,
+            )
+            for name in names
+        ]
+        for name, message_id in zip(names, self._grid.push_messages(messages), strict=True):
+            if message_id:
+                waiting[message_id] = name
+            else:
+                answers.failures[name] = "its node went offline before the question reached it"
+        while waiting and time.monotonic() < end:
+            for reply in self._grid.pull_messages(list(waiting)):
+                name = waiting.pop(reply.metadata.reply_to_message_id)
+                self._sort(reply, name, requests[name], expected, answers)
+                if on_reply is not None:
+                    on_reply(name)
+            if waiting:
+                time.sleep(_POLL_S)
+        for name in waiting.values():
+            answers.failures[name] = f"no answer within {deadline_s:g} s"
+        for name in requests:
+            if name not in answers.replies and name not in answers.failures:
+                answers.failures[name] = "its node is offline"
+        return answers
+
+    @staticmethod
+    def _sort(
+        reply: FlowerMessage, name: str, request: Message, expected: type[Message], answers: Answers
+    ) -> None:
+        if reply.has_error():
+            answers.failures[name] = (
+                f"its node failed (Flower error {reply.error.code}); its own log says why"
+            )
+            return
+        try:
+            message = decode(from_record(reply.content), expected, Refused)
+            if message.job_id != request.job_id:
+                answers.failures[name] = "it answered for another job"
+                return
+            answers.replies[name] = message
+        except LinkError as error:
+            answers.failures[name] = str(error)
+
+
+app = ServerApp()
+
+
+@app.main()
+def run(grid: Grid, context: Context) -> None:
+    """Run the job of the federation whose configuration the supervisor named."""
+    order = _Order.current
+    if order is None:
+        msg = "this ServerApp is started by `fedfin server`, never by a bundle"
+        raise LinkError(msg)
+    federation = open_federation(Path(order["config"]))
+    del context  # Flower's run configuration is empty: the plan is ours
+    _run_federation(GridExchange(grid, federation.store), federation, new_job=bool(order["new_job"]))
+
+
+def main() -> None:
+    """Take a run from the SuperLink and execute the ServerApp; the supervisor's way of starting this process."""
+    order = json.loads(sys.stdin.readline())
+    _Order.current = order
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    try:
+        _execute(order)
+    except FedfinError as error:
+        _say({"event": "failed", "reason": str(error)})
+        sys.exit(1)
+    except (httpx.HTTPError, ConnectionError, KeyboardInterrupt, RuntimeError) as error:
+        # Flower raises SIGINT when the SuperLink forgets our task, and RuntimeError on a broken pull.
+        _say({"event": "link_lost", "reason": type(error).__name__})
+        sys.exit(EXIT_LINK_LOST)
+
+
+class _Order:
+    """What the supervisor asked for; a ServerApp takes no arguments, so it stands here."""
+
+    current: dict[str, Any] | None = None
+
+
+def _execute(order: dict[str, Any]) -> None:
+    inner = order["inner"]
+    granted = httpx.post(
+        f"http://{inner}/v1/fedfin/run", headers={"authorization": f"Bearer {order['secret']}"}, timeout=30
+    )
+    granted.raise_for_status()
+    grid = HttpGrid(runtime_api_address=inner, insecure=True, token=granted.json()["token"])
+    client = grid._runtime_client  # noqa: SLF001  (flwr's own run_serverapp does the same)
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat.start()
+    status, details = "failed", ""
+    try:
+        task = client.PullTaskInput(PullTaskInputRequest())
+        context, flower_run = context_from_proto(task.context), run_from_proto(task.run)
+        grid.set_run(flower_run)
+        # Flower's Message() reads these globals.
+        TaskIdentity.task_id = task.task_id
+        TaskIdentity.run_id = flower_run.run_id
+        TaskIdentity.node_id = context.node_id
+        app(grid=grid, context=context)
+        status = "completed"
+    finally:
+        try:
+            client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
+            heartbeat.stop()
+            grid.close()
+        except (httpx.HTTPError, RuntimeError):
+            pass  # the SuperLink is gone: there is nobody to tell
+
+
+def _run_federation(exchange: GridExchange, federation: Federation, *, new_job: bool) -> None:
+    plan = federation.config.job
+    schema = Schema.from_yaml(
+        federation.schema_text(), origin=str(federation.directory / federation.config.schema_path)
+    )
+    store = federation.store
+    job = choose_job(store, plan, new_job=new_job, say=_say)
+    directory = RunDirectory(federation.runs_path / job.job_id)
+    directory.begin(federation.config, job, schema)
+
+    def say(event: Mapping[str, Any]) -> None:
+        directory.note(event)
+        _say(event)
+
+    def release(final: Checkpoint) -> None:
+        model = ReleasedModel(
+            job_id=job.job_id,
+            rounds=final.round,
+            plan=job.plan,
+            schema=schema,
+            bins=Bins.from_json(final.bins),
+            fingerprint=final.fingerprint,
+            weights=final.weights,
+        )
+        save_model(model, directory.path / "model")
+        directory.finish(model.digest)
+        _say({"event": "released", "job": job.job_id, "model": model.digest, "run": str(directory.path)})
+
+    run_job(exchange, store, job, plan, schema, release=release, say=say)
+    _say({"event": "completed", "job": job.job_id, "run": str(directory.path)})
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+def _key_bytes(pem: str) -> bytes:
+    return public_key_to_bytes(load_pem_public_key(pem.encode()))  # type: ignore[arg-type]  # EC, checked at enrolment
+
+
+def _say(event: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""How a lender is enrolled: `/v1/enrol/root` and `/v1/enrol` on the public listener.
+
+The lender fetches the root certificate, compares it with the fingerprint of its token, then sends its public
+keys over TLS pinned to that root, with the token's secret and a signature by each key (proof of possession).
+The coordinator answers with the lender's certificate and the federation's schema. Secrets are not logged.
+"""
+
+import datetime as dt
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from pydantic import ValidationError
+
+from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
+from fedfin.errors import EnrolmentError, FedfinError
+from fedfin.identity import CertificateAuthority, secret_hash, verify_signature
+from fedfin.server.roster import FederationStore, Member
+
+__all__ = ["EnrolmentDesk", "enrolment_app"]
+
+_MAX_BODY: Final = 64 * 1024
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class EnrolmentDesk:
+    """Checks requests and issues certificates; `on_member` tells the SuperLink of a new node."""
+
+    def __init__(
+        self,
+        store: FederationStore,
+        authority: CertificateAuthority,
+        *,
+        federation: str,
+        schema_text: Callable[[], str],
+        on_member: Callable[[Member], None],
+    ) -> None:
+        self._store = store
+        self._authority = authority
+        self._federation = federation
+        self._schema_text = schema_text
+        self._on_member = on_member
+
+    @property
+    def root_pem(self) -> bytes:
+        """The root certificate, PEM."""
+        return self._authority.root.public_bytes(serialization.Encoding.PEM)
+
+    def enrol(self, body: bytes) -> EnrolmentAnswer:
+        """Enrol a lender.
+
+        Args:
+            body: An `EnrolmentRequest` as JSON.
+
+        Returns:
+            The lender's certificate, the schema and the federation's name.
+
+        Raises:
+            EnrolmentError: The request is malformed, a key's possession is not proved, or the token is not
+                accepted; the token is used up only when everything else holds.
+        """
+        try:
+            request = EnrolmentRequest.model_validate_json(body)
+            certificate_request = x509.load_pem_x509_csr(request.certificate_request.encode())
+        except (ValidationError, ValueError) as error:
+            msg = "the enrolment request is malformed; both sides must run the same release of fedfin"
+            raise EnrolmentError(msg) from error
+        hashed = secret_hash(request.name, request.secret)
+        self._store.check_invitation(request.name, hashed)
+        keys = {"node": request.node_key, "identity": request.identity_key, "witness": request.witness_key}
+        if set(request.signatures) != set(keys) or len(set(keys.values())) != len(keys):
+            msg = "the enrolment must be signed by three different keys; run `fedfin client join` again"
+            raise EnrolmentError(msg)
+        for role, key in keys.items():
+            try:
+                signature = bytes.fromhex(request.signatures[role])
+            except ValueError as error:
+                msg = f"the signature of the {role} key is malformed; run `fedfin client join` again"
+                raise EnrolmentError(msg) from error
+            verify_signature(key, signature, request.transcript())
+        certificate = self._authority.issue_lender(certificate_request, request.name)
+        pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
+        schema_text = self._schema_text()
+        member = Member(
+            name=request.name,
+            node_key=request.node_key,
+            certificate=pem,
+            identity_key=request.identity_key,
+            witness_key=request.witness_key,
+            signature=request.signatures["identity"],
+        )
+        self._store.enrol(member, hashed)
+        self._on_member(member)
+        return EnrolmentAnswer(certificate=pem, schema_text=schema_text, federation=self._federation)
+
+
+def enrolment_app(desk: EnrolmentDesk) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """Return the ASGI application that answers `/v1/enrol/root` (GET) and `/v1/enrol` (POST)."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/v1/enrol/root" and scope["method"] == "GET":
+            await _answer(
+                send, 200, {"root": desk.root_pem.decode(), "time": dt.datetime.now(dt.UTC).isoformat()}
+            )
+            return
+        if scope["path"] != "/v1/enrol" or scope["method"] != "POST":
+            await _answer(send, 404, {"error": "there is nothing here"})
+            return
+        body = b""
+        more = True
+        while more:
+            part = await receive()
+            body += part.get("body", b"")
+            more = part.get("more_body", False)
+            if len(body) > _MAX_BODY or part["type"] == "http.disconnect":
+                await _answer(send, 413, {"error": "the enrolment request is too long"})
+                return
+        try:
+            await _answer(send, 200, desk.enrol(body).model_dump())
+        except EnrolmentError as error:
+            await _answer(send, 403, {"error": str(error)})
+        except FedfinError as error:
+            await _answer(send, 500, {"error": f"the coordinator cannot enrol now: {error}"})
+
+    return app
+
+
+async def _answer(send: Send, status: int, body: dict[str, str]) -> None:
+    headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps(body).encode()})

@@ -1,0 +1,119 @@
+"""`fedfin server init`: a federation's folder, with its authority, keys, schema and configuration."""
+
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedfin.config import FederationConfig, annotated, load_config
+from fedfin.errors import ConfigError
+from fedfin.identity import (
+    CertificateAuthority,
+    create_authority,
+    load_authority,
+    private_pem,
+    write_private,
+    write_public,
+)
+from fedfin.server.roster import FederationStore
+
+__all__ = ["Federation", "found", "open_federation"]
+
+_LOCAL: Final = ("localhost", "127.0.0.1")
+
+
+class Federation:
+    """A coordinator's folder: its configuration and where its files are."""
+
+    def __init__(self, config_path: Path) -> None:
+        self.config_path = config_path.resolve()
+        self.config = load_config(config_path, FederationConfig)
+        self.directory = self.config_path.parent
+        self.store = FederationStore(self.directory / "federation.db")
+        self.root_path = self.directory / "ca.pem"
+        self.server_certificate_path = self.directory / "server.pem"
+        self.server_key_path = self.directory / "keys" / "server.key"
+        self.runs_path = self.directory / "runs"
+
+    def authority(self) -> CertificateAuthority:
+        """Read the federation's authority."""
+        return load_authority(self.root_path, self.directory / "keys" / "ca.key")
+
+    def schema_text(self) -> str:
+        """Return schema.yaml as it stands.
+
+        Raises:
+            ConfigError: The file is missing or unreadable.
+        """
+        path = self.directory / self.config.schema_path
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            msg = f"{path} cannot be read ({error.strerror}); put the federation's schema there"
+            raise ConfigError(msg) from error
+
+
+def open_federation(config_path: Path) -> Federation:
+    """Open a folder made by `found`.
+
+    Raises:
+        ConfigError: The configuration does not parse, or the folder is not whole.
+    """
+    federation = Federation(config_path)
+    for path in (federation.root_path, federation.server_certificate_path, federation.server_key_path):
+        if not path.exists():
+            msg = f"{path} is missing; it is made by `fedfin server init`: restore the folder from its backup"
+            raise ConfigError(msg)
+    return federation
+
+
+def found(directory: Path, *, name: str, address: str, schema_text: str, job: dict[str, Any]) -> Federation:
+    """Make a federation's folder.
+
+    Args:
+        directory: A new or empty folder.
+        name: The federation's name.
+        address: host:port under which lenders will reach it.
+        schema_text: The schema, already checked by the caller.
+        job: Values of the job that differ from the defaults, nested like `JobPlan`.
+
+    Raises:
+        ConfigError: The folder is not empty, or cannot be written; nothing is left half made in it then.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        msg = (
+            f"{directory} is not empty; `fedfin server init` never overwrites a federation: give a new folder"
+        )
+        raise ConfigError(msg)
+    host = address.rpartition(":")[0].strip("[]")
+    loopback = host in {*_LOCAL, "::1"}
+    text = annotated(
+        FederationConfig,
+        {
+            "federation": name,
+            "address": address,
+            "listen": "127.0.0.1" if loopback else "0.0.0.0",  # noqa: S104  (lenders are on other hosts)
+            "job": job,
+        },
+        heading=(
+            "The coordinator's configuration; docs/configuration.md lists every key.\n"
+            "It runs as it is: fedfin server --config federation.yaml"
+        ),
+    )
+    authority = create_authority(name)
+    server_key = ec.generate_private_key(ec.SECP256R1())
+    certificate = authority.issue_server(server_key, tuple(dict.fromkeys((host, *_LOCAL))))
+    try:
+        (directory / "keys").mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"{directory} cannot be made ({error.strerror}); give a folder that you may write"
+        raise ConfigError(msg) from error
+    write_private(directory / "keys" / "ca.key", private_pem(authority.key))
+    write_private(directory / "keys" / "server.key", private_pem(server_key))
+    write_public(directory / "ca.pem", authority.root.public_bytes(serialization.Encoding.PEM))
+    write_public(directory / "server.pem", certificate.public_bytes(serialization.Encoding.PEM))
+    write_public(directory / "schema.yaml", schema_text.encode())
+    FederationStore.create(directory / "federation.db")
+    write_public(directory / "federation.yaml", text.encode())  # last: with it the folder counts as made
+    return Federation(directory / "federation.yaml")

@@ -1,0 +1,84 @@
+"""The coordinator's run directory: run.json, rounds.jsonl, model/.
+
+Nothing of one lender's size or performance is in it: who took part, who was missing and why, and seconds.
+"""
+
+import datetime as dt
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fedfin.config import FederationConfig
+from fedfin.credit.schema import Schema
+from fedfin.errors import ConfigError
+from fedfin.identity import write_public
+from fedfin.server.roster import Job
+
+__all__ = ["RunDirectory"]
+
+_KEPT: Final = frozenset(
+    {"cohort", "bins", "round_done", "round_short", "refused", "unanswered", "delivered", "accepted"}
+)
+
+
+class RunDirectory:
+    """One job's folder at the coordinator; a restarted job goes on in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, config: FederationConfig, job: Job, schema: Schema) -> None:
+        """Write run.json, once.
+
+        Raises:
+            ConfigError: The folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"{self.path} cannot be made ({error.strerror}); free the disk or mend its permissions"
+            raise ConfigError(msg) from error
+        if not (self.path / "run.json").exists():
+            self._write_run(
+                {
+                    "job": job.job_id,
+                    "federation": config.federation,
+                    "created": job.created_at,
+                    "plan": json.loads(job.plan),
+                    "plan_digest": job.digest,
+                    "schema_fingerprint": schema.fingerprint(),
+                    "versions": {
+                        name: importlib.metadata.version(name)
+                        for name in ("fedfin", "flwr", "torch", "numpy")
+                    },
+                }
+            )
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Append an event of the job to rounds.jsonl; passing events (waiting, single answers) are not kept.
+
+        Raises:
+            ConfigError: The disk is full or the file may not be written.
+        """
+        if event["event"] not in _KEPT:
+            return
+        line = {"time": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"), **event}
+        try:
+            with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            msg = f"{self.path / 'rounds.jsonl'} cannot be written ({error.strerror}); free the disk, then start again"
+            raise ConfigError(msg) from error
+
+    def finish(self, digest: str) -> None:
+        """Add the released model's digest and the time to run.json."""
+        run = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        self._write_run({**run, "model": digest, "completed": dt.datetime.now(dt.UTC).isoformat()})
+
+    def _write_run(self, run: Mapping[str, Any]) -> None:
+        write_public(self.path / "run.json", (json.dumps(run, indent=1) + "\n").encode())

@@ -1,0 +1,309 @@
+"""federation.db: the coordinator's durable state: invitations, members, jobs and checkpoints.
+
+It is the one thing that enrolment (in the SuperLink's process), `fedfin server invite` and the ServerApp share;
+Flower's own state is in memory and is rebuilt from it. SQLite with `synchronous=FULL`: what a method returned
+survives a power cut. Only the hash of an invitation's secret is kept.
+"""
+
+import contextlib
+import datetime as dt
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedfin.errors import ConfigError, EnrolmentError, LinkError
+from fedfin.identity import Invitation
+
+__all__ = ["Checkpoint", "FederationStore", "Job", "Member"]
+
+TOKEN_HOURS: Final = 24
+_VERSION: Final = 1
+_SCHEMA: Final = """
+CREATE TABLE invitations (
+    name TEXT PRIMARY KEY, secret_hash TEXT NOT NULL UNIQUE, expires_at TEXT NOT NULL, used_at TEXT);
+CREATE TABLE members (
+    name TEXT PRIMARY KEY, node_key TEXT NOT NULL UNIQUE, certificate TEXT NOT NULL,
+    identity_key TEXT NOT NULL, witness_key TEXT NOT NULL, signature TEXT NOT NULL, joined_at TEXT NOT NULL);
+CREATE TABLE jobs (
+    job_id TEXT PRIMARY KEY, plan TEXT NOT NULL, digest TEXT NOT NULL, status TEXT NOT NULL,
+    created_at TEXT NOT NULL);
+CREATE TABLE checkpoints (
+    job_id TEXT PRIMARY KEY REFERENCES jobs, round INTEGER NOT NULL, bins TEXT NOT NULL,
+    fingerprint TEXT NOT NULL, weights BLOB NOT NULL);
+CREATE TABLE answers (
+    job_id TEXT NOT NULL REFERENCES jobs, name TEXT NOT NULL, weight REAL, reason TEXT, delivered_at TEXT,
+    PRIMARY KEY (job_id, name));
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A row of the roster: all keys are public, PEM; `signature` is the identity key's over the row, hex."""
+
+    name: str
+    node_key: str
+    certificate: str
+    identity_key: str
+    witness_key: str
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job of this federation; status is running, completed or abandoned."""
+
+    job_id: str
+    plan: str
+    digest: str
+    status: str
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A job after `round` rounds: its bins (JSON), its fingerprint and its weights, float32 (d,)."""
+
+    round: int
+    bins: str
+    fingerprint: str
+    weights: NDArray[np.float32] = field(repr=False)
+
+
+class FederationStore:
+    """Open federation.db; every method is one transaction, safe from several processes at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @classmethod
+    def create(cls, path: Path) -> "FederationStore":
+        """Make an empty database.
+
+        Raises:
+            ConfigError: The file exists already.
+        """
+        if path.exists():
+            msg = f"{path} exists already; `fedfin server init` never overwrites a federation: use another folder"
+            raise ConfigError(msg)
+        path.touch(mode=0o600)
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.executescript(f"{_SCHEMA}PRAGMA user_version={_VERSION};")
+        return cls(path)
+
+    def invite(self, invitation: Invitation) -> None:
+        """Keep the hash of an invitation, for 24 hours; an unused older one for the same name is void.
+
+        Raises:
+            EnrolmentError: A lender of that name is enrolled already.
+        """
+        expires = dt.datetime.now(dt.UTC) + dt.timedelta(hours=TOKEN_HOURS)
+        with self._write() as db:
+            if db.execute("SELECT 1 FROM members WHERE name = ?", (invitation.name,)).fetchone():
+                msg = f"{invitation.name} is enrolled already; invite it under another name, or keep the old keys"
+                raise EnrolmentError(msg)
+            db.execute(
+                "INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, NULL)",
+                (invitation.name, invitation.secret_hash(), expires.isoformat()),
+            )
+
+    def enrol(self, member: Member, secret_hash: str) -> None:
+        """Use up the invitation and add the member, both or neither.
+
+        Raises:
+            EnrolmentError: The invitation is unknown here, used, expired or for another name, or a key is
+                enrolled already.
+        """
+        now = dt.datetime.now(dt.UTC)
+        with self._write() as db:
+            self._check_invitation(db, member.name, secret_hash, now)
+            db.execute(
+                "UPDATE invitations SET used_at = ? WHERE secret_hash = ?", (now.isoformat(), secret_hash)
+            )
+            try:
+                db.execute(
+                    "INSERT INTO members VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        member.name,
+                        member.node_key,
+                        member.certificate,
+                        member.identity_key,
+                        member.witness_key,
+                        member.signature,
+                        now.isoformat(),
+                    ),
+                )
+            except sqlite3.IntegrityError as error:
+                msg = f"{member.name} or its node key is enrolled already; ask for a token with another name"
+                raise EnrolmentError(msg) from error
+
+    def check_invitation(self, name: str, secret_hash: str) -> None:
+        """Check an invitation without using it.
+
+        Raises:
+            EnrolmentError: As `enrol`.
+        """
+        with self._read() as db:
+            self._check_invitation(db, name, secret_hash, dt.datetime.now(dt.UTC))
+
+    def members(self) -> tuple[Member, ...]:
+        """Return the roster, by name."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT name, node_key, certificate, identity_key, witness_key, signature FROM members ORDER BY name"
+            ).fetchall()
+        return tuple(Member(*row) for row in rows)
+
+    def pending_invitations(self) -> tuple[tuple[str, str], ...]:
+        """Return (name, expiry in ISO 8601) of the invitations that are neither used nor expired."""
+        now = dt.datetime.now(dt.UTC).isoformat()
+        with self._read() as db:
+            return tuple(
+                db.execute(
+                    "SELECT name, expires_at FROM invitations WHERE used_at IS NULL AND expires_at > ? ORDER BY name",
+                    (now,),
+                ).fetchall()
+            )
+
+    def start_job(self, job_id: str, plan: str, digest: str) -> None:
+        """Record a job as running."""
+        with self._write() as db:
+            db.execute(
+                "INSERT INTO jobs VALUES (?, ?, ?, 'running', ?)",
+                (job_id, plan, digest, dt.datetime.now(dt.UTC).isoformat()),
+            )
+
+    def end_job(self, job_id: str, status: str) -> None:
+        """Record how a job ended: completed or abandoned."""
+        with self._write() as db:
+            db.execute("UPDATE jobs SET status = ? WHERE job_id = ?", (status, job_id))
+
+    def jobs(self) -> tuple[Job, ...]:
+        """Return all jobs, oldest first."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT job_id, plan, digest, status, created_at FROM jobs ORDER BY created_at"
+            ).fetchall()
+        return tuple(Job(*row) for row in rows)
+
+    def save_checkpoint(self, job_id: str, checkpoint: Checkpoint) -> None:
+        """Keep the newest state of a job, durably; the round counts as done from here on."""
+        with self._write() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
+                (
+                    job_id,
+                    checkpoint.round,
+                    checkpoint.bins,
+                    checkpoint.fingerprint,
+                    checkpoint.weights.astype("<f4").tobytes(),
+                ),
+            )
+
+    def checkpoint(self, job_id: str) -> Checkpoint | None:
+        """Return the newest state of a job, or None before its bins are made."""
+        with self._read() as db:
+            row = db.execute(
+                "SELECT round, bins, fingerprint, weights FROM checkpoints WHERE job_id = ?", (job_id,)
+            ).fetchone()
+        if row is None:
+            return None
+        weights = np.frombuffer(row[3], dtype="<f4").astype(np.float32)
+        return Checkpoint(round=row[0], bins=row[1], fingerprint=row[2], weights=weights)
+
+    def save_answer(self, job_id: str, name: str, *, weight: float | None, reason: str | None) -> None:
+        """Keep a lender's answer to a proposal: a weight, or the reason of its refusal."""
+        with self._write() as db:
+            db.execute(
+                "INSERT INTO answers (job_id, name, weight, reason) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (job_id, name) DO UPDATE SET weight = excluded.weight, reason = excluded.reason",
+                (job_id, name, weight, reason),
+            )
+
+    def weights(self, job_id: str) -> dict[str, float]:
+        """Return the weight of every lender that accepted the job."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT name, weight FROM answers WHERE job_id = ? AND weight IS NOT NULL", (job_id,)
+            ).fetchall()
+        return dict(rows)
+
+    def mark_delivered(self, job_id: str, name: str) -> None:
+        """Record that a lender has confirmed the end of the job."""
+        with self._write() as db:
+            db.execute(
+                "UPDATE answers SET delivered_at = ? WHERE job_id = ? AND name = ?",
+                (dt.datetime.now(dt.UTC).isoformat(), job_id, name),
+            )
+
+    def undelivered(self, job_id: str) -> tuple[str, ...]:
+        """Return the lenders that accepted the job and have not confirmed its end."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT name FROM answers WHERE job_id = ? AND weight IS NOT NULL AND delivered_at IS NULL"
+                " ORDER BY name",
+                (job_id,),
+            ).fetchall()
+        return tuple(name for (name,) in rows)
+
+    @staticmethod
+    def _check_invitation(db: sqlite3.Connection, name: str, secret_hash: str, now: dt.datetime) -> None:
+        row = db.execute(
+            "SELECT name, expires_at, used_at FROM invitations WHERE secret_hash = ?", (secret_hash,)
+        ).fetchone()
+        mend = f"ask the coordinator for a new one (`fedfin server invite {name}`)"
+        if row is None:
+            msg = f"this federation gave no such token to {name}: it is another federation's, replaced or altered; {mend}"
+            raise EnrolmentError(msg)
+        if row[2] is not None:
+            msg = f"the token of {name} was used at {row[2]}; a token works once: {mend} under another name"
+            raise EnrolmentError(msg)
+        if now >= dt.datetime.fromisoformat(row[1]):
+            msg = f"the token of {name} expired at {row[1]}, {TOKEN_HOURS} hours after it was made; {mend}"
+            raise EnrolmentError(msg)
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        connection = self._connect()
+        try:
+            yield connection
+        except sqlite3.Error as error:
+            msg = f"{self._path} cannot be read ({error}); restore it from its backup"
+            raise LinkError(msg) from error
+        finally:
+            connection.close()
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        connection = self._connect()
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            yield connection
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            msg = f"{self._path} cannot be written ({error}); free the disk or mend its permissions, then start again"
+            raise LinkError(msg) from error
+        finally:
+            connection.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        if not self._path.exists():
+            msg = f"{self._path} does not exist; it is made by `fedfin server init`"
+            raise ConfigError(msg)
+        try:
+            connection = sqlite3.connect(self._path, timeout=10, isolation_level=None)
+            connection.execute("PRAGMA synchronous=FULL")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.Error as error:
+            msg = f"{self._path} cannot be opened ({error}); restore it from its backup"
+            raise LinkError(msg) from error
+        if version != _VERSION:
+            connection.close()
+            msg = f"{self._path} is of version {version}, this release reads {_VERSION}; run the release that made it"
+            raise ConfigError(msg)
+        return connection

@@ -1,0 +1,392 @@
+"""The job: propose, bins, rounds, release; with a quorum, deadlines, and a checkpoint after every round.
+
+No Flower here: the way to the lenders is an `Exchange`, so the loop is tested without a network. A job goes on
+from its last checkpoint whatever was killed; lenders answer a repeated question with the answer they gave
+before, so no round is charged twice.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedfin.credit.binning import Bins, bins_from_histogram, histogram_size, num_inputs
+from fedfin.credit.models import Architecture, encoding_of, initial_weights, model_fingerprint
+from fedfin.credit.schema import Schema
+from fedfin.errors import ConfigError, FedfinError, QuorumError
+from fedfin.plan import JobPlan
+from fedfin.server.roster import Checkpoint, FederationStore, Job
+from fedfin.strategies.fedavg import fedavg
+from fedfin.strategies.strategy import CohortSum, ModelState
+from fedfin.update import (
+    Accepted,
+    AskHistogram,
+    Done,
+    Finish,
+    Histogram,
+    Message,
+    Propose,
+    Refused,
+    Train,
+    Update,
+)
+
+__all__ = ["Answers", "Exchange", "Say", "choose_job", "run_job"]
+
+_WAIT_S: Final = 0.2
+_PROPOSE_S: Final = 120.0  # a lender reads its table and calibrates its noise before it answers
+_SILENT_S: Final = 5.0  # a waiting coordinator says for whom this often
+
+Say = Callable[[Mapping[str, Any]], None]
+"""Reports an event to people: a mapping with `event` and what belongs to it; no metric of one lender."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What came back: replies by lender, and failures by lender with the reason, in words."""
+
+    replies: dict[str, Message] = field(repr=False)
+    failures: dict[str, str]
+
+
+class Exchange(Protocol):
+    """The way to the lenders."""
+
+    def online(self) -> frozenset[str]:
+        """Return the names of the enrolled lenders that are connected now."""
+        ...
+
+    def ask(
+        self,
+        requests: Mapping[str, Message],
+        expected: type[Message],
+        *,
+        deadline_s: float,
+        on_reply: Callable[[str], None] | None = None,
+    ) -> Answers:
+        """Send a request to each lender named; return when all have answered, or at the deadline."""
+        ...
+
+
+def choose_job(store: FederationStore, plan: JobPlan, *, new_job: bool, say: Say) -> Job:
+    """Return the job to run: the unfinished one of this plan, or a new one.
+
+    Raises:
+        ConfigError: An unfinished job has another plan, or this plan was trained already; both need
+            `--new-job`, since a repeated job spends the lenders' budgets again.
+    """
+    jobs = store.jobs()
+    running = next((job for job in jobs if job.status == "running"), None)
+    if running is not None and not new_job:
+        if running.digest != plan.digest():
+            msg = (
+                f"job {running.job_id} is unfinished and federation.yaml now states another plan; restore the plan to"
+                " go on with it, or run `fedfin server --new-job` to abandon it and start this one"
+            )
+            raise ConfigError(msg)
+        say({"event": "resumed", "job": running.job_id})
+        return running
+    if running is not None:
+        store.end_job(running.job_id, "abandoned")
+        say({"event": "abandoned", "job": running.job_id})
+    done = next(
+        (job for job in reversed(jobs) if job.status == "completed" and job.digest == plan.digest()), None
+    )
+    if done is not None and not new_job:
+        if store.undelivered(done.job_id):
+            return done
+        msg = (
+            f"this plan was trained already, as job {done.job_id}; its model is in runs/{done.job_id}/model. To train"
+            " it again, which spends the lenders' budgets again, run `fedfin server --new-job`"
+        )
+        raise ConfigError(msg)
+    job_id = f"{plan.name}-{secrets.token_hex(4)}"
+    store.start_job(job_id, plan.model_dump_json(), plan.digest())
+    say({"event": "started", "job": job_id})
+    return next(job for job in store.jobs() if job.job_id == job_id)
+
+
+def run_job(
+    exchange: Exchange,
+    store: FederationStore,
+    job: Job,
+    plan: JobPlan,
+    schema: Schema,
+    *,
+    release: Callable[[Checkpoint], None],
+    say: Say,
+) -> Checkpoint:
+    """Run a job to its end and send every lender the model.
+
+    Args:
+        exchange: The way to the lenders.
+        store: The durable state; a checkpoint is written after the bins and after every round.
+        job: The job, new or unfinished.
+        plan: Its plan.
+        schema: The federation's schema.
+        release: Keeps the model at the coordinator; called before the job counts as completed, and again with
+            the same model where the coordinator was killed in between.
+        say: Told of every step.
+
+    Returns:
+        The last checkpoint: the released model.
+
+    Raises:
+        QuorumError: So many lenders refused that the quorum cannot be met.
+    """
+    runner = _Runner(exchange, store, job, plan, schema, say)
+    if job.status == "running":
+        runner.settle_abandoned()
+        runner.gather()
+        checkpoint = store.checkpoint(job.job_id) or runner.make_bins()
+        while checkpoint.round < plan.training.rounds:
+            checkpoint = runner.round(checkpoint)
+        release(checkpoint)
+        store.end_job(job.job_id, "completed")
+    else:
+        checkpoint = store.checkpoint(job.job_id) or _lost(job)
+    runner.deliver(checkpoint)
+    return checkpoint
+
+
+class _Runner:
+    """One job's loop; holds what the steps share."""
+
+    def __init__(
+        self, exchange: Exchange, store: FederationStore, job: Job, plan: JobPlan, schema: Schema, say: Say
+    ) -> None:
+        self._exchange = exchange
+        self._store = store
+        self._job_id = job.job_id
+        self._plan = plan
+        self._schema = schema
+        self._say = say
+        self._refused: dict[str, str] = {}
+
+    def settle_abandoned(self) -> None:
+        """Tell lenders of abandoned jobs that they are over, so that what was reserved is free again."""
+        for job in self._store.jobs():
+            if job.status != "abandoned":
+                continue
+            here = [name for name in self._store.undelivered(job.job_id) if name in self._exchange.online()]
+            over = Finish(job.job_id, "abandoned", 0, "", "", np.zeros(0, dtype=np.float32))
+            answers = (
+                self._exchange.ask(dict.fromkeys(here, over), Done, deadline_s=_PROPOSE_S) if here else None
+            )
+            for name in answers.replies if answers else ():
+                self._store.mark_delivered(job.job_id, name)
+
+    def gather(self) -> None:
+        """Propose the job until enough lenders take part: all that are waited for, or the quorum after a while."""
+        cohort = self._plan.cohort
+        started = time.monotonic()
+        waiting = _Waiting(self._say)
+        while True:
+            members = {member.name for member in self._store.members()}
+            self._propose(members)
+            accepted = set(self._store.weights(self._job_id)) & members
+            here = accepted & self._exchange.online()
+            if members and len(members - set(self._refused)) < cohort.min_lenders <= len(members):
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
+                msg = (
+                    f"cohort.min_lenders is {cohort.min_lenders}, and only {len(members) - len(self._refused)} of"
+                    f" {len(members)} lenders can take part. Refused: {reasons}. Mend the plan, then start again"
+                )
+                raise QuorumError(msg)
+            wanted = cohort.wait_for or max(len(members - set(self._refused)), cohort.min_lenders)
+            resumed = self._store.checkpoint(self._job_id) is not None
+            late = time.monotonic() - started > cohort.start_timeout_s
+            if len(here) >= wanted or (len(here) >= cohort.min_lenders and (late or resumed)):
+                self._say({"event": "cohort", "lenders": sorted(here), "refused": self._refused})
+                return
+            waiting.report(here, members - here - set(self._refused), wanted)
+            time.sleep(_WAIT_S)
+
+    def make_bins(self) -> Checkpoint:
+        """Sum the lenders' histograms, place the bins, and make the first checkpoint."""
+        while True:
+            here = self._wait_for_quorum()
+            answers = self._exchange.ask(
+                dict.fromkeys(sorted(here), AskHistogram(self._job_id)),
+                Histogram,
+                deadline_s=self._plan.cohort.round_deadline_s,
+            )
+            cells = histogram_size(self._schema)
+            counts: list[NDArray[np.float64]] = []
+            for name, reply in self._sorted_out(answers):
+                if isinstance(reply, Histogram) and reply.counts.shape == (cells,):
+                    counts.append(reply.counts)
+                else:
+                    answers.failures[name] = f"its histogram does not have the schema's {cells} cells"
+            self._say({"event": "bins", "lenders": len(counts), "missing": answers.failures})
+            if len(counts) >= self._plan.cohort.min_lenders:
+                break
+        bins = bins_from_histogram(np.sum(counts, axis=0), self._schema, self._plan.model.max_bins)
+        arch = self._architecture(bins)
+        checkpoint = Checkpoint(
+            round=0,
+            bins=bins.to_json(),
+            fingerprint=model_fingerprint(self._schema.fingerprint(), bins.fingerprint(), arch),
+            weights=initial_weights(arch, self._plan.model.seed),
+        )
+        self._store.save_checkpoint(self._job_id, checkpoint)
+        return checkpoint
+
+    def round(self, before: Checkpoint) -> Checkpoint:
+        """Run the next round until it has a quorum of updates; return the checkpoint after it."""
+        number = before.round + 1
+        while True:
+            self._propose({member.name for member in self._store.members()})
+            here = self._wait_for_quorum()
+            started = time.monotonic()
+            self._say(
+                {"event": "round", "round": number, "of": self._plan.training.rounds, "lenders": sorted(here)}
+            )
+            answers = self._exchange.ask(
+                dict.fromkeys(
+                    sorted(here), Train(self._job_id, number, before.bins, before.fingerprint, before.weights)
+                ),
+                Update,
+                deadline_s=self._plan.cohort.round_deadline_s,
+                on_reply=lambda name: self._say({"event": "answer", "round": number, "lender": name}),
+            )
+            updates = self._updates(answers, before, number)
+            report = {
+                "event": "round_done",
+                "round": number,
+                "of": self._plan.training.rounds,
+                "cohort": sorted(updates),
+                "missing": answers.failures,
+                "seconds": round(time.monotonic() - started, 4),
+            }
+            if len(updates) >= self._plan.cohort.min_lenders:
+                break
+            self._say({**report, "event": "round_short"})
+        weights = self._store.weights(self._job_id)
+        total = CohortSum(
+            values=np.sum(
+                [weights[name] * delta.astype(np.float64) for name, delta in updates.items()], axis=0
+            ),
+            weight=sum(weights[name] for name in updates),
+            num_lenders=len(updates),
+        )
+        state = fedavg(ModelState(weights=before.weights, round=before.round), total)
+        after = Checkpoint(
+            round=number, bins=before.bins, fingerprint=before.fingerprint, weights=state.weights
+        )
+        self._store.save_checkpoint(self._job_id, after)
+        self._say(report)
+        return after
+
+    def deliver(self, checkpoint: Checkpoint) -> None:
+        """Send the model to every lender that took part; those away get it when the coordinator runs again."""
+        finish = Finish(
+            self._job_id,
+            "completed",
+            checkpoint.round,
+            checkpoint.bins,
+            checkpoint.fingerprint,
+            checkpoint.weights,
+        )
+        until = time.monotonic() + self._plan.cohort.round_deadline_s
+        waiting = _Waiting(self._say)
+        while True:
+            away = set(self._store.undelivered(self._job_id))
+            here = away & self._exchange.online()
+            if here:
+                answers = self._exchange.ask(dict.fromkeys(sorted(here), finish), Done, deadline_s=_PROPOSE_S)
+                for name in answers.replies:
+                    self._store.mark_delivered(self._job_id, name)
+                away -= set(answers.replies)
+            if not away or time.monotonic() > until:
+                self._say({"event": "delivered", "missing": sorted(away)})
+                return
+            waiting.report(set(), away, len(away))
+            time.sleep(_WAIT_S)
+
+    def _propose(self, members: set[str]) -> None:
+        answered = set(self._store.weights(self._job_id)) | set(self._refused)
+        new = sorted((members - answered) & self._exchange.online())
+        if not new:
+            return
+        proposal = Propose(self._job_id, self._plan.model_dump_json(), self._schema.fingerprint())
+        answers = self._exchange.ask(dict.fromkeys(new, proposal), Accepted, deadline_s=_PROPOSE_S)
+        for name, reply in self._sorted_out(answers):
+            if isinstance(reply, Accepted) and reply.weight > 0:
+                self._store.save_answer(self._job_id, name, weight=reply.weight, reason=None)
+                self._say({"event": "accepted", "lender": name})
+        for name in new:
+            if name in answers.failures and name not in self._refused:
+                self._say({"event": "unanswered", "lender": name, "reason": answers.failures[name]})
+
+    def _sorted_out(self, answers: Answers) -> list[tuple[str, Message]]:
+        """Return the replies that are no refusals; a refusal ends that lender's part in the job."""
+        kept: list[tuple[str, Message]] = []
+        for name, reply in sorted(answers.replies.items()):
+            if isinstance(reply, Refused):
+                self._refused[name] = reply.reason
+                answers.failures[name] = reply.reason
+                self._store.save_answer(self._job_id, name, weight=None, reason=reply.reason)
+                self._say({"event": "refused", "lender": name, "reason": reply.reason})
+            else:
+                kept.append((name, reply))
+        return kept
+
+    def _updates(self, answers: Answers, before: Checkpoint, number: int) -> dict[str, NDArray[np.float32]]:
+        updates: dict[str, NDArray[np.float32]] = {}
+        for name, reply in self._sorted_out(answers):
+            if not isinstance(reply, Update) or reply.round != number:
+                answers.failures[name] = "it answered another question"
+            elif reply.fingerprint != before.fingerprint or reply.delta.shape != before.weights.shape:
+                answers.failures[name] = "its update is for another schema or architecture"
+            else:
+                updates[name] = reply.delta
+        return updates
+
+    def _wait_for_quorum(self) -> set[str]:
+        waiting = _Waiting(self._say)
+        quorum = self._plan.cohort.min_lenders
+        while True:
+            accepted = set(self._store.weights(self._job_id))
+            here = accepted & self._exchange.online()
+            if len(here) >= quorum:
+                return here
+            self._propose({member.name for member in self._store.members()})
+            if len(accepted | ({m.name for m in self._store.members()} - set(self._refused))) < quorum:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
+                msg = f"too many lenders refused to go on ({reasons}); mend it with them, then start again"
+                raise QuorumError(msg)
+            waiting.report(here, accepted - here, quorum)
+            time.sleep(_WAIT_S)
+
+    def _architecture(self, bins: Bins) -> Architecture:
+        model = self._plan.model
+        encoding = encoding_of(model.kind)
+        return Architecture(
+            kind=model.kind, num_inputs=num_inputs(self._schema, bins, encoding), hidden=tuple(model.hidden)
+        )
+
+
+class _Waiting:
+    """Says for whom the coordinator waits: when that changes, and every few seconds."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._last = ""
+        self._at = 0.0
+
+    def report(self, here: set[str], away: set[str], wanted: int) -> None:
+        text = json.dumps([sorted(here), sorted(away), wanted])
+        if text != self._last or time.monotonic() - self._at > _SILENT_S:
+            self._say({"event": "waiting", "online": sorted(here), "for": sorted(away), "wanted": wanted})
+            self._last, self._at = text, time.monotonic()
+
+
+def _lost(job: Job) -> Checkpoint:
+    msg = f"job {job.job_id} is completed but its checkpoint is gone; restore federation.db from its backup"
+    raise FedfinError(msg)

@@ -1,0 +1,131 @@
+"""The demo's loans and how they are split over eight lenders of different kinds.
+
+Real lenders differ in whom they serve, not in how people default: the split skews the applicants (covariate
+skew) and leaves the outcomes alone. The rule looks at features only, never at a loan's outcome.
+"""
+
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedfin.config import DataSource
+from fedfin.credit.schema import Schema
+from fedfin.credit.source import Loans, read_loans
+from fedfin.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+__all__ = ["RULE", "DemoSplit", "LenderRows", "demo_loans", "split_demo"]
+
+RULE = """\
+30% of the loans, drawn at random within each outcome, are held out for the comparison; no lender trains on them.
+Five small lenders come first, each with 90 of the remaining loans: 72 at random from the people it serves
+(tenant-micro: tenants; family-micro: people who neither own nor rent their home; starter-micro: at most one year
+in the job; freelance-micro: freelancers; basket-micro: loans of at most 700) and 18 at random from everybody.
+All other loans go to three banks: the odds that a loan goes to city-bank grow with its income, to north-bank with
+the assets and to union-bank with the seniority (exp(3 r), r the rank from 0 to 1 among those loans; unknown: 1/2).
+The rule never looks at the outcome of a loan."""
+
+HELD_OUT_SHARE = 0.3
+SMALL_LENDER_LOANS = 90
+FROM_OWN_SEGMENT = 72
+BANK_PREFERENCE = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class LenderRows:
+    """One lender's training loans, as positions in the table, ascending."""
+
+    name: str
+    rows: "NDArray[np.int64]"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSplit:
+    """Held-out loans and each lender's training loans; no row stands twice, and every row stands once.
+
+    Attributes:
+        held_out: Positions in the table, ascending.
+        banks: Three large lenders.
+        small_lenders: Five lenders of exactly 90 loans.
+    """
+
+    held_out: "NDArray[np.int64]"
+    banks: tuple[LenderRows, ...]
+    small_lenders: tuple[LenderRows, ...]
+
+    @property
+    def lenders(self) -> tuple[LenderRows, ...]:
+        """All lenders, banks first."""
+        return self.banks + self.small_lenders
+
+
+def demo_loans() -> tuple[Loans, Schema]:
+    """Return the 4,454 loans that ship with the package, and their schema."""
+    folder = resources.files("fedfin.simulation")
+    schema = Schema.from_yaml((folder / "credit_data.yaml").read_text("utf-8"), "credit_data.yaml")
+    with resources.as_file(folder / "credit_data.csv.gz") as path:
+        return read_loans(DataSource(path=str(path)), schema, path.parent), schema
+
+
+def split_demo(loans: Loans, seed: int) -> DemoSplit:
+    """Split the demo's loans by `RULE`.
+
+    Args:
+        loans: Those of `demo_loans`; not changed.
+        seed: Draws everything that the rule leaves to chance.
+
+    Raises:
+        DataError: There are too few loans of a segment, or a lender would have one outcome only.
+    """
+    rng = np.random.default_rng(seed)
+    frame, labels = loans.frame, loans.labels
+    held_out = np.sort(np.concatenate([_draw_share(np.flatnonzero(labels == label), rng) for label in (0, 1)]))
+    left = np.setdiff1d(np.arange(len(labels)), held_out)
+    small_lenders: list[LenderRows] = []
+    for name, serves in _SEGMENTS:
+        own = left[serves(frame.iloc[left])]
+        if len(own) < FROM_OWN_SEGMENT:
+            msg = f"{len(own)} loans are left for {name}, its segment needs {FROM_OWN_SEGMENT}; give the demo its table"
+            raise DataError(msg)
+        chosen = rng.choice(own, FROM_OWN_SEGMENT, replace=False)
+        others = rng.choice(np.setdiff1d(left, chosen), SMALL_LENDER_LOANS - FROM_OWN_SEGMENT, replace=False)
+        small_lenders.append(LenderRows(name, np.sort(np.concatenate([chosen, others]))))
+        left = np.setdiff1d(left, small_lenders[-1].rows)
+    bank_of = _choose_bank(frame.iloc[left], rng)
+    banks = [LenderRows(name, left[bank_of == position]) for position, (name, _) in enumerate(_BANKS)]
+    for lender in banks + small_lenders:
+        if len(np.unique(labels[lender.rows])) < 2:
+            msg = f"seed {seed} gives {lender.name} loans of one outcome only; choose another seed"
+            raise DataError(msg)
+    return DemoSplit(held_out, tuple(banks), tuple(small_lenders))
+
+
+_BANKS = (("city-bank", "Income"), ("north-bank", "Assets"), ("union-bank", "Seniority"))
+
+# whom each small lender serves; scarce segments choose first
+_SEGMENTS: "tuple[tuple[str, Callable[[pd.DataFrame], NDArray[np.bool_]]], ...]" = (
+    ("tenant-micro", lambda loans: (loans["Home"] == "rent").to_numpy()),
+    ("family-micro", lambda loans: loans["Home"].isin(["parents", "priv", "other", "ignore"]).to_numpy()),
+    ("starter-micro", lambda loans: (loans["Seniority"] <= 1).to_numpy()),
+    ("freelance-micro", lambda loans: (loans["Job"] == "freelance").to_numpy()),
+    ("basket-micro", lambda loans: (loans["Amount"] <= 700).to_numpy()),
+)
+
+
+def _draw_share(rows: "NDArray[np.int64]", rng: np.random.Generator) -> "NDArray[np.int64]":
+    return rng.choice(rows, round(HELD_OUT_SHARE * len(rows)), replace=False)
+
+
+def _choose_bank(loans: "pd.DataFrame", rng: np.random.Generator) -> "NDArray[np.int64]":
+    """Return the bank of each loan, 0 to 2, drawn with odds that grow with what the bank prefers."""
+    ranks = np.stack([loans[column].rank(pct=True).fillna(0.5).to_numpy() for _, column in _BANKS], axis=1)
+    odds = np.exp(BANK_PREFERENCE * ranks)
+    shares = np.cumsum(odds / odds.sum(axis=1, keepdims=True), axis=1)
+    return np.asarray((rng.random((len(loans), 1)) > shares[:, :2]).sum(axis=1), dtype=np.int64)

@@ -1,0 +1,221 @@
+"""The demo's report: one HTML file that opens without a network, with two plots."""
+
+import io
+from importlib import resources
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, Final
+
+import jinja2
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from fedfin.identity import write_public
+from fedfin.privacy.accounting import borrower_epsilon, calibrate, job_events
+from fedfin.simulation.partition import RULE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from fedfin.simulation.demo import DemoResult, LenderResult
+
+__all__ = ["arms_plot", "gain_plot", "write_report"]
+
+# Two hues that colour-blind readers tell apart; the marks differ in shape as well.
+_ALONE: Final = "#c98a00"
+_FEDERATED: Final = "#0b6e99"
+_GREY: Final = "#8a94a3"
+_STYLE: Final = {
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": _GREY,
+    "xtick.color": "#3a4452",
+    "ytick.color": "#1c2430",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "fedfin",
+}
+
+
+def write_report(result: "DemoResult") -> Path:
+    """Write report.html (and the plots as PNG files beside it) into the demo's folder; return its path.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    plots = {"arms": arms_plot(result), "gain": gain_plot(result)}
+    for name, figure in plots.items():
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+        write_public(result.directory / f"{name}.png", png.getvalue())
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(
+        (resources.files("fedfin.simulation") / "report.html.j2").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        headline=_headline(result),
+        summary=_summary(result),
+        arms_plot=_svg(plots["arms"]),
+        gain_plot=_svg(plots["gain"]),
+        lenders=result.lenders,
+        num_holdout=result.num_holdout,
+        budget=result.budget,
+        borrower=_borrower(result),
+        plan=result.plan,
+        rounds=result.rounds,
+        round_seconds=median(line["seconds"] for line in result.rounds),
+        missing=_missing(result),
+        seconds=result.seconds,
+        seed=result.seed,
+        rule=RULE,
+        next_commands=_next_commands(result),
+    )
+    path = result.directory / "report.html"
+    write_public(path, page.encode())
+    return path
+
+
+def arms_plot(result: "DemoResult") -> Figure:
+    """Draw each lender's AUROC alone and federated, joined by a line, with the pooled model as a dashed line."""
+    lenders = _ordered(result)
+    pooled = lenders[0].pooled["auc"]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(len(lenders))
+        for row, lender in enumerate(lenders):
+            alone, federated = lender.alone["auc"], lender.federated["auc"]
+            axes.plot(
+                [alone, federated], [row, row], color="#ccd3dc", linewidth=3, solid_capstyle="round", zorder=1
+            )
+            axes.plot(
+                alone, row, "s", color=_ALONE, markersize=8, zorder=2, label="alone" if row == 0 else None
+            )
+            axes.plot(
+                federated,
+                row,
+                "o",
+                color=_FEDERATED,
+                markersize=9,
+                zorder=3,
+                label="federated" if row == 0 else None,
+            )
+        axes.axvline(pooled, color=_GREY, linestyle="--", linewidth=1.2, zorder=0, label="all loans pooled")
+        _rows(axes, lenders)
+        axes.set_xlabel("AUROC on the held-out loans (higher is better)")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.42, 1.0), ncols=3, frameon=False)
+        return figure
+
+
+def gain_plot(result: "DemoResult") -> Figure:
+    """Draw each lender's gain in AUROC with its 95% interval."""
+    lenders = _ordered(result)
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(len(lenders))
+        axes.axvline(0, color=_GREY, linewidth=1.2, zorder=0)
+        for row, lender in enumerate(lenders):
+            gain, low, high = lender.gain
+            axes.plot(
+                [low, high], [row, row], color=_FEDERATED, linewidth=2.2, alpha=0.45, solid_capstyle="round"
+            )
+            axes.plot(gain, row, "o", color=_FEDERATED, markersize=8)
+            axes.annotate(
+                f"{gain:+.3f}",
+                (gain, row),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+            )
+        _rows(axes, lenders)
+        axes.set_xlabel("gain in AUROC: federated minus alone")
+        return figure
+
+
+def _figure(rows: int) -> "tuple[Figure, Axes]":
+    figure = Figure(figsize=(8.2, 1.3 + 0.48 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(axis="x", color="#e8ecf1", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    return figure, axes
+
+
+def _rows(axes: "Axes", lenders: "list[LenderResult]") -> None:
+    axes.set_yticks(range(len(lenders)), [f"{lender.name}  ({lender.n_train} loans)" for lender in lenders])
+    axes.set_ylim(-0.6, len(lenders) - 0.4)
+
+
+def _ordered(result: "DemoResult") -> "list[LenderResult]":
+    """Small lenders at the bottom, each group by what it gains."""
+    return sorted(result.lenders, key=lambda lender: (lender.kind == "bank", lender.gain[0]))
+
+
+def _svg(figure: Figure) -> Markup:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return Markup(text.getvalue()[text.getvalue().index("<svg") :])  # noqa: S704  (matplotlib's own drawing)
+
+
+def _small_gain(result: "DemoResult") -> float | None:
+    gains = [lender.gain[0] for lender in result.lenders if lender.kind == "small"]
+    return fmean(gains) if gains else None
+
+
+def _headline(result: "DemoResult") -> str:
+    gain = _small_gain(result)
+    if gain is None:
+        return f"{len(result.lenders)} lenders trained one model together"
+    word = "gain" if gain >= 0 else "lose"
+    return f"Small lenders {word} {abs(gain):.3f} AUROC by training with others"
+
+
+def _summary(result: "DemoResult") -> str:
+    guarantee = (
+        "without differential privacy"
+        if result.epsilon is None
+        else f"with differential privacy (epsilon {result.epsilon:g}, delta {result.plan.privacy.delta:g})"
+    )
+    federated, pooled = result.lenders[0].federated["auc"], result.lenders[0].pooled["auc"]
+    lowest = min(result.lenders, key=lambda lender: lender.gain[0])
+    loser = (
+        f" {lowest.name} does better alone, by {-lowest.gain[0]:.3f}."
+        if lowest.gain[0] < 0
+        else " Nobody does worse."
+    )
+    return (
+        f"{len(result.lenders)} lenders trained one model {guarantee}, each on its own loans. It reaches an AUROC of"
+        f" {federated:.3f}; a model of all loans pooled reaches {pooled:.3f}.{loser}"
+    )
+
+
+def _borrower(result: "DemoResult") -> list[tuple[int, float]]:
+    plan = result.plan
+    if result.epsilon is None:
+        return []
+    noise = calibrate(plan.privacy, sample_rate=plan.training.sample_rate, num_steps=plan.num_steps)
+    events = job_events(noise, plan.training.sample_rate, plan.num_steps)
+    return [(count, borrower_epsilon(events, plan.privacy.delta, num_lenders=count)) for count in (1, 2, 3)]
+
+
+def _missing(result: "DemoResult") -> str:
+    times: dict[str, int] = {}
+    for line in result.rounds:
+        for name in line["missing"]:
+            times[name] = times.get(name, 0) + 1
+    return ", ".join(f"{name} ({count} rounds)" for name, count in sorted(times.items()))
+
+
+def _next_commands(result: "DemoResult") -> str:
+    lender: Any = result.directory / "lenders" / result.lenders[0].name / "bank.yaml"
+    coordinator = result.directory / "coordinator" / "federation.yaml"
+    return "\n".join(
+        [
+            f"fedfin client status --config {lender}",
+            f"fedfin client check --config {lender}",
+            f"fedfin server status --config {coordinator}",
+            "fedfin demo --no-privacy",
+            "fedfin server init my-federation",
+        ]
+    )
