@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfin.client.training import train_alone
+from fedfin.client.alone import train_alone
 from fedfin.credit.binning import encode, num_inputs
 from fedfin.credit.export import ReleasedModel
 from fedfin.credit.metrics import auroc, bootstrap_gain, brier, calibration_ratio, ks

@@ -13,6 +13,7 @@ quantiles. Both encodings need nothing but the schema and the bins:
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -70,7 +71,9 @@ class Bins:
             SchemaMismatchError: The text is no JSON of bins.
         """
         try:
-            edges = tuple((str(name), tuple(float(edge) for edge in edges)) for name, edges in json.loads(text))
+            edges = tuple(
+                (str(name), tuple(float(edge) for edge in edges)) for name, edges in json.loads(text)
+            )
         except (TypeError, ValueError) as error:
             msg = f"the bins cannot be read ({error}); ask the coordinator to send those of its run directory"
             raise SchemaMismatchError(msg) from error
@@ -172,7 +175,7 @@ def inputs(schema: Schema, bins: Bins, kind: Encoding) -> tuple[Input, ...]:
     for column in schema.features:
         if isinstance(column, NumericColumn):
             edges = edges_of[column.name]
-            for low, high in zip(edges[:-1], edges[1:], strict=True):
+            for low, high in pairwise(edges):
                 label = f"{low:.6g} to {high:.6g}"
                 described.append(Input(column.name, label if kind == "one_hot" else f"amount from {label}"))
             described += [Input(column.name, str(label)) for label in _special_labels(column)]
@@ -200,7 +203,7 @@ def encode(frame: "pd.DataFrame", schema: Schema, bins: Bins, kind: Encoding) ->
         Shape (n, p), finite, every value in [0, 1]; p = num_inputs(schema, bins, kind).
 
     Raises:
-        DataError: A column is absent, or holds an infinite value or an unknown category.
+        DataError: As `histogram`.
         SchemaMismatchError: The bins are of another schema.
     """
     edges_of = _edges_by_name(schema, bins)
@@ -296,7 +299,8 @@ def _project_to_total(noisy: "NDArray[np.float64]") -> "NDArray[np.float64]":
     descending = np.sort(noisy)[::-1]
     shifts = (np.cumsum(descending) - total) / np.arange(1, len(noisy) + 1)
     shift = shifts[np.flatnonzero(descending > shifts)[-1]]
-    return np.maximum(noisy - shift, 0.0)
+    projected: NDArray[np.float64] = np.maximum(noisy - shift, 0.0)
+    return projected
 
 
 def _quantile_edges(
@@ -308,7 +312,7 @@ def _quantile_edges(
         return (float(grid[0]), float(grid[-1]))
     below = np.cumsum(cells)[:-1] / total
     levels = np.arange(1, max_bins) / max_bins
-    nearest = np.abs(below[None, :] - levels[:, None]).argmin(axis=1) if len(below) else np.empty(0, dtype=int)
+    nearest = np.abs(below[None, :] - levels[:, None]).argmin(axis=1)
     # an edge with nothing, or everything, below it would make an empty bin
     chosen = sorted({int(edge) for edge in nearest if 0 < below[edge] < 1})
     return (float(grid[0]), *(float(grid[edge + 1]) for edge in chosen), float(grid[-1]))

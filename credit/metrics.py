@@ -150,7 +150,9 @@ def _checked(labels: "ArrayLike", scores: "ArrayLike") -> "tuple[NDArray[np.bool
     actual = np.asarray(labels)
     values = np.asarray(scores, dtype=np.float64)
     if actual.ndim != 1 or actual.shape != values.shape:
-        msg = f"labels have shape {actual.shape} and scores {values.shape}; give one score per loan, both (n,)"
+        msg = (
+            f"labels have shape {actual.shape} and scores {values.shape}; give one score per loan, both (n,)"
+        )
         raise DataError(msg)
     if not np.isin(actual, (0, 1)).all():
         msg = "labels hold values other than 0 and 1; code the outcome as 1 = bad, 0 = good"

@@ -11,6 +11,7 @@ three, and both sides check it before they use a vector.
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -55,7 +56,9 @@ class Architecture:
             msg = f"an architecture needs widths of at least 1; found inputs {self.num_inputs}, hidden {self.hidden}"
             raise SchemaMismatchError(msg)
         if self.kind == "logistic" and self.hidden:
-            msg = f"a logistic model has no hidden layers; found {self.hidden}: leave hidden empty, or use mlp"
+            msg = (
+                f"a logistic model has no hidden layers; found {self.hidden}: leave hidden empty, or use mlp"
+            )
             raise SchemaMismatchError(msg)
 
 
@@ -77,7 +80,7 @@ def build(architecture: Architecture) -> nn.Sequential:
 def num_parameters(architecture: Architecture) -> int:
     """Return d, the length of the architecture's flat vector."""
     widths = (architecture.num_inputs, *architecture.hidden)
-    hidden = sum((below + 3) * above for below, above in zip(widths[:-1], widths[1:], strict=True))
+    hidden = sum((below + 3) * above for below, above in pairwise(widths))
     return hidden + widths[-1] + 1
 
 

@@ -39,7 +39,7 @@ class TrainingPlan(Section):
 
     rounds: int = Field(default=10, ge=1, le=10_000, description="Rounds of the job.")
     local_steps: int = Field(
-        default=5, ge=1, le=10_000, description="Optimizer steps of a lender in a round."
+        default=10, ge=1, le=10_000, description="Optimizer steps of a lender in a round."
     )
     sample_rate: float = Field(
         default=1.0,
@@ -51,7 +51,7 @@ class TrainingPlan(Section):
         ),
     )
     learning_rate: float = Field(
-        default=0.05, gt=0, le=10, description="AdamW's learning rate at the lender."
+        default=0.03, gt=0, le=10, description="AdamW's learning rate at the lender."
     )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     weighting: Literal["size", "sqrt", "equal"] = Field(

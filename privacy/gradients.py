@@ -104,7 +104,8 @@ class PerLoanGradients:
             if logits.shape != targets.shape:
                 msg = f"the model gave logits of shape {tuple(logits.shape)} for {len(loans)} loans; one each is needed"
                 raise TrainingError(msg)
-            nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum").backward()
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         blocks = [
             parameter.grad_sample.reshape(len(loans), -1).numpy().astype(np.float64)  # type: ignore[attr-defined]  # set by Opacus' hooks
             for parameter in self._parameters

@@ -2,7 +2,7 @@
 
 The federation here calls the very functions that client and server call over the network (histograms, bins,
 local training, FedAvg), so its figures are those of the real one up to the order of additions and the noise,
-which is seeded here. `alone` and `pooled` are `fedfin.client.training.train_alone`, on one lender's loans and on all.
+which is seeded here. `alone` and `pooled` are `fedfin.client.alone.train_alone`, on one lender's loans and on all.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedfin.client.training import LocalPrivacy, LoneModel, train_alone, train_locally
+from fedfin.client.alone import LoneModel, train_alone
+from fedfin.client.training import LocalPrivacy, train_locally
 from fedfin.credit.binning import (
     Bins,
     bins_from_histogram,
@@ -36,7 +37,16 @@ if TYPE_CHECKING:
     from fedfin.credit.source import Loans
     from fedfin.simulation.partition import DemoSplit
 
-__all__ = ["Arms", "FederatedModel", "LenderArm", "compare_arms", "demo_plan", "federate", "take_rows", "train_pooled"]
+__all__ = [
+    "Arms",
+    "FederatedModel",
+    "LenderArm",
+    "compare_arms",
+    "demo_plan",
+    "federate",
+    "take_rows",
+    "train_pooled",
+]
 
 
 @dataclass(frozen=True, slots=True)

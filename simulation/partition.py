@@ -86,7 +86,9 @@ def split_demo(loans: Loans, seed: int) -> DemoSplit:
     """
     rng = np.random.default_rng(seed)
     frame, labels = loans.frame, loans.labels
-    held_out = np.sort(np.concatenate([_draw_share(np.flatnonzero(labels == label), rng) for label in (0, 1)]))
+    held_out = np.sort(
+        np.concatenate([_draw_share(np.flatnonzero(labels == label), rng) for label in (0, 1)])
+    )
     left = np.setdiff1d(np.arange(len(labels)), held_out)
     small_lenders: list[LenderRows] = []
     for name, serves in _SEGMENTS:
