@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from fedfin.client.folder import LenderFolder
-from fedfin.credit.quality import QualityReport, check_table
-from fedfin.credit.source import load_table, refuse_unknown_names
+from fedfin.credit.drift import Reference
+from fedfin.credit.quality import QualityReport, check_source
+from fedfin.credit.schema import Schema
 
-__all__ = ["check_folder"]
+__all__ = ["check", "check_folder"]
 
 
 def check_folder(config_path: Path) -> QualityReport:
@@ -17,6 +18,22 @@ def check_folder(config_path: Path) -> QualityReport:
         DataError: The source holds no table at all.
     """
     folder = LenderFolder(config_path)
-    schema = folder.schema()
-    refuse_unknown_names(folder.config.data, schema)
-    return check_table(load_table(folder.config.data, folder.directory), schema)
+    return check(folder, folder.schema())
+
+
+def check(folder: LenderFolder, schema: Schema) -> QualityReport:
+    """Report on the table of an open folder; errors as `check_folder`."""
+    data = folder.config.data
+    return check_source(
+        data,
+        schema,
+        folder.directory,
+        reference=_reference(folder, schema),
+        acknowledged=frozenset(data.accepted_leaks),
+    )
+
+
+def _reference(folder: LenderFolder, schema: Schema) -> Reference | None:
+    """Return the federation's reference distribution, where the coordinator gave one."""
+    path = folder.directory / "reference.json"
+    return Reference.from_json(path.read_text(encoding="utf-8"), schema) if path.exists() else None

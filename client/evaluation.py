@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfin.client.alone import train_alone
-from fedfin.credit.binning import encode, num_inputs
+from fedfin.credit.binning import encode
 from fedfin.credit.export import ReleasedModel
 from fedfin.credit.metrics import auroc, bootstrap_gain, brier, calibration_ratio, ks
-from fedfin.credit.models import Architecture, encoding_of, predict
+from fedfin.credit.models import architecture_of, encoding_of, predict
 from fedfin.credit.source import Loans
 from fedfin.identity import write_public
 from fedfin.plan import JobPlan
@@ -63,13 +63,9 @@ def evaluate(model: ReleasedModel, train: Loans, holdout: Loans, directory: Path
 def predict_released(model: ReleasedModel, loans: Loans) -> NDArray[np.float64]:
     """Return the model's probability of default for each loan, shape (n,)."""
     plan = JobPlan.model_validate_json(model.plan)
-    encoding = encoding_of(plan.model.kind)
-    architecture = Architecture(
-        kind=plan.model.kind,
-        num_inputs=num_inputs(model.schema, model.bins, encoding),
-        hidden=tuple(plan.model.hidden),
-    )
-    return predict(architecture, model.weights, encode(loans.frame, model.schema, model.bins, encoding))
+    architecture = architecture_of(plan.model, model.schema, model.bins)
+    inputs = encode(loans.frame, model.schema, model.bins, encoding_of(plan.model.kind))
+    return predict(architecture, model.weights, inputs)
 
 
 def arm_metrics(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> dict[str, float]:

@@ -19,10 +19,12 @@ from fedfin.client.folder import JobFolder, LenderFolder
 from fedfin.client.policy import check_plan, check_size
 from fedfin.client.preparation import PreparedLoans, prepare
 from fedfin.client.training import LocalPrivacy, train_locally
-from fedfin.credit.binning import Bins, encode, histogram, histogram_sensitivity, num_inputs
+from fedfin.credit.binning import Bins, encode, histogram, histogram_sensitivity
+from fedfin.credit.drift import Reference
 from fedfin.credit.export import ReleasedModel, load_model, model_digest, save_model
 from fedfin.credit.models import (
     Architecture,
+    architecture_of,
     encoding_of,
     model_fingerprint,
     num_parameters,
@@ -39,6 +41,7 @@ from fedfin.errors import (
     SchemaMismatchError,
     TrainingError,
 )
+from fedfin.identity import write_public
 from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import CalibratedNoise, GaussianEvent, calibrate, job_events
 from fedfin.privacy.noise import NoiseSource, SecureNoise, require_production
@@ -283,6 +286,9 @@ class Lender:
                 weights=question.weights,
             )
             save_model(model, self._folder.models_path / model.digest)
+            if question.reference:
+                Reference.from_json(question.reference, self._loans.schema)  # refuses what does not fit
+                write_public(self._folder.directory / "reference.json", question.reference.encode())
             self._folder.journal.write(
                 "model_kept", job=question.job_id, model=model_digest(model.fingerprint, model.weights)
             )
@@ -311,12 +317,7 @@ class Lender:
         schema = self._loans.schema
         try:
             bins = Bins.from_json(question.bins)
-            kind = plan.model.kind
-            arch = Architecture(
-                kind=kind,
-                num_inputs=num_inputs(schema, bins, encoding_of(kind)),
-                hidden=tuple(plan.model.hidden),
-            )
+            arch = architecture_of(plan.model, schema, bins)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             msg = "the coordinator's bins do not fit this lender's schema; compare schema.yaml at both sides"
             raise SchemaMismatchError(msg) from error

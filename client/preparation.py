@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from fedfin.privacy.ledger import snapshot_of
 
+from fedfin.client.checking import check
 from fedfin.client.folder import LenderFolder
 from fedfin.credit.schema import Schema
 from fedfin.credit.source import Loans, read_loans
 from fedfin.errors import DataError
+from fedfin.privacy.ledger import snapshot_of
 
 __all__ = ["PreparedLoans", "prepare"]
 
@@ -38,6 +39,12 @@ def prepare(folder: LenderFolder) -> PreparedLoans:
     schema = folder.schema()
     salt = folder.salt()
     config = folder.config
+    report = check(folder, schema)
+    if not report.can_take_part:
+        errors = [finding for finding in report.findings if finding.severity == "error"]
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        msg = f"{errors[0].message}{more}; {errors[0].mend}. `fedfin client check` shows all that is wrong"
+        raise DataError(msg)
     loans = read_loans(config.data, schema, folder.directory)
     if config.holdout.source is not None:
         train, holdout = loans, read_loans(config.holdout.source, schema, folder.directory)

@@ -18,13 +18,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedfin.credit.binning import Bins, num_inputs
 from fedfin.errors import SchemaMismatchError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fedfin.credit.schema import Schema
+    from fedfin.plan import ModelPlan
+
 __all__ = [
     "Architecture",
+    "architecture_of",
     "build",
     "encoding_of",
     "flatten",
@@ -65,6 +70,15 @@ class Architecture:
 def encoding_of(kind: Literal["logistic", "mlp"]) -> Literal["one_hot", "piecewise_linear"]:
     """Return which encoding of `fedfin.credit.binning.encode` a kind of model takes."""
     return "one_hot" if kind == "logistic" else "piecewise_linear"
+
+
+def architecture_of(model: "ModelPlan", schema: "Schema", bins: Bins) -> Architecture:
+    """Return the shape that a plan's model takes over these bins; hidden widths count for an MLP only."""
+    return Architecture(
+        model.kind,
+        num_inputs(schema, bins, encoding_of(model.kind)),
+        model.hidden if model.kind == "mlp" else (),
+    )
 
 
 def build(architecture: Architecture) -> nn.Sequential:

@@ -135,20 +135,19 @@ def _show_report(report: Any) -> None:  # noqa: ANN401  (fedfin.credit.quality, 
         [
             column.name,
             column.kind,
-            *(
-                str(count) if count else "-"
-                for count in (column.missing, column.out_of_range, column.special)
-            ),
+            "yes" if column.is_feature else "-",
+            *(str(count) if count else "-" for count in _counts(column)),
+            "-" if column.psi is None else f"{column.psi:.3f}",
         ]
         for column in report.columns
     ]
     print_table(
-        f"{report.rows} loans, bad rate {report.bad_rate:.1%}"
+        f"{report.num_rows} loans, bad rate {report.bad_rate:.1%}"
         if report.bad_rate is not None
-        else f"{report.rows} loans",
-        ["column", "kind", "missing", "out of range", "special"],
+        else f"{report.num_rows} loans",
+        ["column", "kind", "feature", "missing", "out of range", "wrong type", "unknown", "special", "PSI"],
         rows,
-        numeric_from=2,
+        numeric_from=3,
     )
     styles = {"error": "red", "warning": "yellow", "note": "dim"}
     for finding in report.findings:
@@ -157,6 +156,16 @@ def _show_report(report: Any) -> None:  # noqa: ANN401  (fedfin.credit.quality, 
         say("these loans can take part", style="bold green")
     else:
         say("these loans cannot take part until the errors above are mended", style="bold red")
+
+
+def _counts(column: Any) -> tuple[int, ...]:  # noqa: ANN401  (as above)
+    return (
+        column.num_missing,
+        column.num_out_of_range,
+        column.num_wrong_type + column.num_infinite + column.num_not_integer,
+        column.num_unknown_category,
+        sum(count for _, count in column.special),
+    )
 
 
 def _show_status(document: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fedfin.cli_output import console, guarded, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from fedfin.simulation.demo import DemoResult
+    from fedfin.simulation.demo import ArmMetrics, DemoResult, LenderResult
 
 __all__ = ["EPILOG", "demo"]
 
@@ -54,6 +54,7 @@ def demo(
     signal.signal(signal.SIGTERM, interrupt)
 
     def work() -> None:
+        from fedfin.simulation.arms import demo_plan
         from fedfin.simulation.demo import run_demo
         from fedfin.simulation.report import write_report
 
@@ -61,9 +62,8 @@ def demo(
         with _View(quiet=json_out) as view:
             result = run_demo(
                 target.resolve(),
+                demo_plan(None if no_privacy else epsilon, rounds),
                 num_lenders=lenders,
-                rounds=rounds,
-                epsilon=None if no_privacy else epsilon,
                 seed=seed,
                 say=view.show,
                 stop=stop,
@@ -125,30 +125,34 @@ class _View:
 
 
 def _show(result: "DemoResult", report: Path) -> None:
-    rows = [
-        [
-            lender.name,
-            lender.kind,
-            str(lender.n_train),
-            *(f"{arm['auc']:.3f}" for arm in (lender.alone, lender.federated, lender.pooled)),
-            f"{lender.gain[0]:+.3f}",
-            f"{lender.gain[1]:+.3f} to {lender.gain[2]:+.3f}",
-            *(f"{arm['ks']:.2f}" for arm in (lender.alone, lender.federated, lender.pooled)),
-            *(f"{arm['brier']:.3f}" for arm in (lender.alone, lender.federated, lender.pooled)),
-        ]
-        for lender in result.lenders
-    ]
     guarantee = "no privacy" if result.epsilon is None else f"epsilon {result.epsilon:g}, delta 1e-5"
     print_table(
-        f"{len(result.lenders)} lenders, {result.plan.training.rounds} rounds, {guarantee};"
-        f" {result.num_holdout} held-out loans, the same for all arms",
+        f"{len(result.lenders)} lenders, {result.plan.training.rounds} rounds, {guarantee}: AUC on the same"
+        f" {result.num_holdout} held-out loans",
+        ["lender", "loans", "alone", "federated", "pooled", "gain", "95% interval"],
         [
-            "lender", "kind", "loans", "AUC alone", "federated", "pooled", "gain", "95% interval",
-            "KS alone", "fed.", "pooled", "Brier alone", "fed.", "pooled",
+            [
+                lender.name,
+                str(lender.n_train),
+                *(f"{arm['auc']:.3f}" for arm in _arms(lender)),
+                f"{lender.gain[0]:+.3f}",
+                f"{lender.gain[1]:+.3f} to {lender.gain[2]:+.3f}",
+            ]
+            for lender in result.lenders
         ],
-        rows,
-        numeric_from=2,
-    )  # fmt: skip
+    )
+    print_table(
+        "KS (higher is better) and Brier score (lower is better)",
+        ["lender", "KS alone", "federated", "pooled", "Brier alone", "federated", "pooled"],
+        [
+            [
+                lender.name,
+                *(f"{arm['ks']:.3f}" for arm in _arms(lender)),
+                *(f"{arm['brier']:.3f}" for arm in _arms(lender)),
+            ]
+            for lender in result.lenders
+        ],
+    )
     small = [lender for lender in result.lenders if lender.kind == "small"]
     if small:
         mean = sum(lender.gain[0] for lender in small) / len(small)
@@ -162,3 +166,7 @@ def _show(result: "DemoResult", report: Path) -> None:
     say(f"    fedfin server status --config {coordinator}")
     say("    fedfin demo --no-privacy")
     say("    fedfin server init my-federation        # your own, with docs/coordinator.md")
+
+
+def _arms(lender: "LenderResult") -> "tuple[ArmMetrics, ArmMetrics, ArmMetrics]":
+    return lender.alone, lender.federated, lender.pooled

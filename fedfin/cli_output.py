@@ -31,12 +31,17 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], *, numeric_from: int = 1) -> None:
-    """Print a table; columns from `numeric_from` on are set to the right."""
+    """Print a table; columns from `numeric_from` on are set to the right; a column of dashes only is left out."""
+    shown = [
+        i for i in range(len(columns)) if i < numeric_from or not rows or any(row[i] != "-" for row in rows)
+    ]
     table = Table(title=Text(title), title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if index >= numeric_from else "left")
+    for index in shown:
+        table.add_column(
+            Text(columns[index]), justify="right" if index >= numeric_from else "left", no_wrap=index == 0
+        )
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(row[index]) for index in shown))
     console.print(table)
 
 
@@ -74,3 +79,11 @@ def guarded(work: Callable[[], None], *, json_out: bool = False, debug: bool = F
         where = f" ({error.filename})" if error.filename else ""
         fail(f"the system refused: {error.strerror or error}{where}; free the disk or mend the permissions",
              json_out=json_out)  # fmt: skip
+    except Exception as error:  # noqa: BLE001  (our own bug: say so in one paragraph, and how to see more)
+        if debug or os.environ.get("FEDFIN_DEBUG") == "1":
+            traceback.print_exc()
+        fail(
+            f"this is a bug of fedfin ({type(error).__name__}: {error}); run the command again with --debug and report"
+            " what it prints",
+            json_out=json_out,
+        )

@@ -57,6 +57,11 @@ class FederationConfig(Section):
     )
     job: JobPlan = Field(default_factory=JobPlan, description="The job that `fedfin server` runs.")
 
+    @field_validator("address")
+    @classmethod
+    def _port_exists(cls, address: str) -> str:
+        return _with_port(address)
+
     @property
     def port(self) -> int:
         """Port of the public listener."""
@@ -96,6 +101,13 @@ class DataSource(Section):
         default_factory=dict,
         description="For a category column: this table's spelling: the federation's spelling.",
     )
+    accepted_leaks: tuple[str, ...] = Field(
+        default=(),
+        description=(
+            "Columns that `fedfin client check` suspects to leak the outcome and that you looked at: each was known"
+            " before the decision on the loan."
+        ),
+    )
     missing: tuple[str, ...] = Field(
         default=("", "NA", "N/A", "NaN", "nan", "null", "NULL"),
         description="Texts that mean a missing value in this table.",
@@ -117,7 +129,9 @@ class DataSource(Section):
     @field_validator("url")
     @classmethod
     def _no_password(cls, url: str | None) -> str | None:
-        if url is not None and re.search(r"//[^/@]*:[^/@]+@", url):
+        if url is not None and (
+            re.search(r"//[^@]*:[^@]+@", url) or re.search(r"[?&](password|passwd|pwd)=", url)
+        ):
             msg = "take the password out of the URL and name the environment variable that holds it in password_env"
             raise ValueError(msg)
         return url
@@ -179,6 +193,11 @@ class LenderConfig(Section):
     holdout: HoldoutConfig = Field(default_factory=HoldoutConfig, description="The loans that judge it.")
     policy: LenderPolicy = Field(default_factory=LenderPolicy, description="What this lender agrees to.")
 
+    @field_validator("coordinator")
+    @classmethod
+    def _port_exists(cls, coordinator: str) -> str:
+        return _with_port(coordinator)
+
 
 def load_config(path: Path, model: type[ModelT]) -> ModelT:
     """Read and check a configuration file.
@@ -214,6 +233,10 @@ def parse_yaml(text: str, model: type[ModelT], *, origin: str) -> ModelT:
         where = f"{origin}, line {mark.line + 1}" if mark is not None else origin
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         msg = f"{where}: {problem}; mend the YAML there"
+        raise ConfigError(msg) from error
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML's own constructors, on a value such as 2024-13-45 or `!!int x`: no place is known.
+        msg = f"{origin} holds a value that YAML cannot read ({error}); put texts between quotes"
         raise ConfigError(msg) from error
     if not isinstance(data, dict):
         msg = f"{origin} does not hold keys and values; start from the example that `fedfin` writes"
@@ -265,12 +288,24 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]  # untyped in PyYAML
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    problem="a key is a list or a mapping (braces in a text need quotes)",
+                    problem_mark=key_node.start_mark,
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key!r} is given twice; keep one", problem_mark=key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+def _with_port(address: str) -> str:
+    if not 1 <= int(address.rpartition(":")[2]) <= 65535:
+        msg = "a port lies between 1 and 65535; mend it"
+        raise ValueError(msg)
+    return address
 
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:

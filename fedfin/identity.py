@@ -15,13 +15,14 @@ import hashlib
 import ipaddress
 import json
 import os
+import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -54,6 +55,12 @@ _ROOT_DAYS: Final = 3650
 _LEAF_DAYS: Final = 825
 _TOKEN_PREFIX: Final = "fedfin1_"  # noqa: S105  (the format's name, not a secret)
 _CHECK_CHARS: Final = 8
+_TOKEN_PARTS: Final = (
+    LENDER_NAME_PATTERN,
+    r"[A-Za-z0-9_.:\[\]-]+:[0-9]{1,5}",
+    r"[0-9a-f]{64}",
+    r"[0-9a-f]{64}",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +172,23 @@ class Invitation:
         if not token.strip().startswith(_TOKEN_PREFIX) or not dot:
             msg = f"this is no invitation token (they begin with {_TOKEN_PREFIX}); copy the whole line again"
             raise EnrolmentError(msg)
-        if not secrets.compare_digest(check, _check(text)):
+        if not text.isascii() or check != _check(text):  # a checksum against slips, no secret
             msg = "the token was altered or cut on its way (its check characters do not match); copy it again"
             raise EnrolmentError(msg)
         try:
             parts = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-        except (binascii.Error, ValueError) as error:
+        except (binascii.Error, ValueError, RecursionError) as error:
             msg = "the token cannot be read; ask the coordinator for a new one"
             raise EnrolmentError(msg) from error
-        if not (isinstance(parts, list) and len(parts) == 4 and all(isinstance(part, str) for part in parts)):
+        if not (
+            isinstance(parts, list)
+            and len(parts) == len(_TOKEN_PARTS)
+            # The name becomes a folder, the address is called: a token is not to be trusted with either.
+            and all(
+                isinstance(part, str) and re.fullmatch(pattern, part)
+                for part, pattern in zip(parts, _TOKEN_PARTS, strict=True)
+            )
+        ):
             msg = "the token is of another release of fedfin; ask the coordinator for a new one"
             raise EnrolmentError(msg)
         return cls(*parts)
@@ -229,10 +244,14 @@ def load_authority(root_path: Path, key_path: Path) -> CertificateAuthority:
     Raises:
         ConfigError: A file is missing, unreadable or of the wrong kind.
     """
-    root = x509.load_pem_x509_certificate(_read(root_path, "`fedfin server init`"))
+    try:
+        root = x509.load_pem_x509_certificate(_read(root_path, "`fedfin server init`"))
+    except ValueError as error:
+        msg = f"{root_path} is no PEM certificate; restore it from the backup of the folder"
+        raise ConfigError(msg) from error
     key = _load_key(key_path, "`fedfin server init`")
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        msg = f"{key_path} does not hold the authority's P-256 key; restore it from the backup of the folder"
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != root.public_key():
+        msg = f"{key_path} does not hold the key of {root_path}; restore both from the backup of the folder"
         raise ConfigError(msg)
     return CertificateAuthority(root=root, key=key)
 
@@ -266,7 +285,9 @@ def load_lender_keys(directory: Path) -> LenderKeys:
     )
     if not (
         isinstance(tls, ec.EllipticCurvePrivateKey)
+        and isinstance(tls.curve, ec.SECP256R1)
         and isinstance(node, ec.EllipticCurvePrivateKey)
+        and isinstance(node.curve, ec.SECP384R1)
         and isinstance(identity, ed25519.Ed25519PrivateKey)
         and isinstance(witness, ed25519.Ed25519PrivateKey)
     ):
@@ -311,7 +332,7 @@ def verify_signature(public_key_pem: str, signature: bytes, message: bytes) -> N
         else:
             msg = "the key is neither Ed25519 nor ECDSA"
             raise EnrolmentError(msg)
-    except (InvalidSignature, ValueError) as error:
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError) as error:
         msg = "the sender does not hold the private key of the public key it sent; run `fedfin client join` again"
         raise EnrolmentError(msg) from error
 
@@ -335,6 +356,7 @@ def write_private(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        _sync_directory(path.parent)
     except OSError as error:
         path.unlink(missing_ok=True)
         msg = f"{path} cannot be written ({error.strerror}); free the disk or use another folder"
@@ -350,21 +372,25 @@ def write_public(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
+            part.chmod(mode)  # before the content: nobody reads it in between
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        part.chmod(mode)
         part.replace(path)
         # The rename itself must survive a power cut, or a charge could outlive its release.
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync_directory(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
         msg = f"{path} cannot be written ({error.strerror}); free the disk or check the folder's permissions"
         raise ConfigError(msg) from error
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _load_key(path: Path, maker: str) -> object:
@@ -374,7 +400,7 @@ def _load_key(path: Path, maker: str) -> object:
         raise ConfigError(msg)
     try:
         return serialization.load_pem_private_key(content, password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         msg = f"{path} is no PEM private key; restore it from the backup of the folder, or make it anew with {maker}"
         raise ConfigError(msg) from error
 

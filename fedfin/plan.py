@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = ["CohortPlan", "JobPlan", "ModelPlan", "PrivacyPlan", "TrainingPlan"]
 
@@ -32,6 +32,14 @@ class ModelPlan(Section):
     )
     max_bins: int = Field(default=6, ge=2, le=64, description="Bins per numeric column, at most.")
     seed: int = Field(default=0, ge=0, description="Seed of the public initial weights (not of any noise).")
+
+    @field_validator("hidden")
+    @classmethod
+    def _widths_count(cls, hidden: tuple[int, ...]) -> tuple[int, ...]:
+        if any(width < 1 for width in hidden):
+            msg = "a hidden layer has one unit at least; give widths of 1 and more"
+            raise ValueError(msg)
+        return hidden
 
 
 class TrainingPlan(Section):

@@ -8,6 +8,7 @@ Flower carries the bytes (`fedfin.wire`) and never looks into them.
 import dataclasses
 import json
 import struct
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -34,6 +35,7 @@ __all__ = [
 _MAGIC: Final = b"FFN1"
 _MAX_HEADER: Final = 4 * 1024 * 1024
 _MAX_VALUES: Final = 200_000_000
+_MAX_FLOAT: Final = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +100,17 @@ class Update(Message):
 
 @dataclass(frozen=True, slots=True)
 class Finish(Message):
-    """Coordinator: the job is over. `status` is completed or abandoned; abandoned carries no weights."""
+    """Coordinator: the job is over. `status` is completed or abandoned; abandoned carries no weights.
+
+    `reference` is the cohort's distribution of each column (credit/drift's Reference as JSON), or empty.
+    """
 
     status: str
     rounds: int
     bins: str = field(repr=False)
     fingerprint: str
     weights: NDArray[np.float32] = field(repr=False)
+    reference: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +159,9 @@ def decode(data: bytes, *expected: type[MessageT]) -> MessageT:
         raise LinkError(msg)
     try:
         header = json.loads(data[8 : 8 + length])
-        kind = _KINDS[header["kind"]]
-        fields: dict[str, Any] = dict(header["fields"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        kind = _KINDS[header.pop("kind")]
+        fields: dict[str, Any] = dict(header.pop("fields"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         msg = "the other side sent a message of an unknown kind; both sides must run the same release"
         raise LinkError(msg) from error
     values: dict[str, Any] = {}
@@ -165,7 +171,7 @@ def decode(data: bytes, *expected: type[MessageT]) -> MessageT:
             msg = f"the other side's {kind.__name__} lacks {item.name}; both sides must run the same release"
             raise LinkError(msg)
         values[item.name], offset = _value(kind, item, fields.pop(item.name), data, offset)
-    if fields or offset != len(data):
+    if header or fields or offset != len(data):
         msg = f"the other side's {kind.__name__} holds more than it may; both sides must run the same release"
         raise LinkError(msg)
     message = kind(**values)
@@ -190,15 +196,20 @@ def _value(
         if isinstance(raw, bool) or not isinstance(raw, (int, float) if wanted is float else wanted):
             msg = f"{where} is not a {text}; both sides must run the same release"
             raise LinkError(msg)
-        if wanted is float and not np.isfinite(raw):
+        if (
+            wanted is float and not abs(raw) <= _MAX_FLOAT
+        ):  # JSON's whole numbers have no end, and it knows NaN
             msg = f"{where} is not a finite number; the sender must mend its side"
+            raise LinkError(msg)
+        if wanted is str and any("\ud800" <= char <= "\udfff" for char in raw):
+            msg = f"{where} holds half a character, which can be neither kept nor shown; the sender must mend its side"
             raise LinkError(msg)
         return wanted(raw), offset
     dtype = np.dtype("<f8" if "float64" in str(item.type) else "<f4")
-    if not isinstance(raw, dict) or raw.get("dtype") != dtype.name or not isinstance(raw.get("size"), int):
+    size = raw.get("size") if isinstance(raw, dict) else None
+    if type(size) is not int or raw != {"dtype": dtype.name, "size": size}:
         msg = f"{where} is no {dtype.name} array; both sides must run the same release"
         raise LinkError(msg)
-    size = raw["size"]
     end = offset + size * dtype.itemsize
     if not 0 <= size <= _MAX_VALUES or end > len(data):
         msg = f"{where} was cut on its way or is too long; the sender must send it again"

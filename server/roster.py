@@ -34,7 +34,7 @@ CREATE TABLE jobs (
     created_at TEXT NOT NULL);
 CREATE TABLE checkpoints (
     job_id TEXT PRIMARY KEY REFERENCES jobs, round INTEGER NOT NULL, bins TEXT NOT NULL,
-    fingerprint TEXT NOT NULL, weights BLOB NOT NULL);
+    fingerprint TEXT NOT NULL, weights BLOB NOT NULL, reference TEXT NOT NULL);
 CREATE TABLE answers (
     job_id TEXT NOT NULL REFERENCES jobs, name TEXT NOT NULL, weight REAL, reason TEXT, delivered_at TEXT,
     PRIMARY KEY (job_id, name));
@@ -66,12 +66,16 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A job after `round` rounds: its bins (JSON), its fingerprint and its weights, float32 (d,)."""
+    """A job after `round` rounds: its bins (JSON), its fingerprint and its weights, float32 (d,).
+
+    `reference` is the cohort's distribution of each column, JSON, for the lenders' drift checks.
+    """
 
     round: int
     bins: str
     fingerprint: str
     weights: NDArray[np.float32] = field(repr=False)
+    reference: str = field(default="", repr=False)
 
 
 class FederationStore:
@@ -195,13 +199,14 @@ class FederationStore:
         """Keep the newest state of a job, durably; the round counts as done from here on."""
         with self._write() as db:
             db.execute(
-                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?)",
                 (
                     job_id,
                     checkpoint.round,
                     checkpoint.bins,
                     checkpoint.fingerprint,
                     checkpoint.weights.astype("<f4").tobytes(),
+                    checkpoint.reference,
                 ),
             )
 
@@ -209,12 +214,13 @@ class FederationStore:
         """Return the newest state of a job, or None before its bins are made."""
         with self._read() as db:
             row = db.execute(
-                "SELECT round, bins, fingerprint, weights FROM checkpoints WHERE job_id = ?", (job_id,)
+                "SELECT round, bins, fingerprint, weights, reference FROM checkpoints WHERE job_id = ?",
+                (job_id,),
             ).fetchone()
         if row is None:
             return None
         weights = np.frombuffer(row[3], dtype="<f4").astype(np.float32)
-        return Checkpoint(round=row[0], bins=row[1], fingerprint=row[2], weights=weights)
+        return Checkpoint(round=row[0], bins=row[1], fingerprint=row[2], weights=weights, reference=row[4])
 
     def save_answer(self, job_id: str, name: str, *, weight: float | None, reason: str | None) -> None:
         """Keep a lender's answer to a proposal: a weight, or the reason of its refusal."""
@@ -258,7 +264,7 @@ class FederationStore:
         ).fetchone()
         mend = f"ask the coordinator for a new one (`fedfin server invite {name}`)"
         if row is None:
-            msg = f"this federation gave no such token to {name}: it is another federation's, replaced or altered; {mend}"
+            msg = f"this federation gave no such token to {name}: it is foreign, replaced or altered; {mend}"
             raise EnrolmentError(msg)
         if row[2] is not None:
             msg = f"the token of {name} was used at {row[2]}; a token works once: {mend} under another name"

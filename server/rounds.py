@@ -9,14 +9,15 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfin.credit.binning import Bins, bins_from_histogram, histogram_size, num_inputs
-from fedfin.credit.models import Architecture, encoding_of, initial_weights, model_fingerprint
+from fedfin.credit.binning import bins_from_histogram, histogram_size
+from fedfin.credit.drift import Reference
+from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint
 from fedfin.credit.schema import Schema
 from fedfin.errors import ConfigError, FedfinError, QuorumError
 from fedfin.plan import JobPlan
@@ -226,13 +227,15 @@ class _Runner:
             self._say({"event": "bins", "lenders": len(counts), "missing": answers.failures})
             if len(counts) >= self._plan.cohort.min_lenders:
                 break
-        bins = bins_from_histogram(np.sum(counts, axis=0), self._schema, self._plan.model.max_bins)
-        arch = self._architecture(bins)
+        total = np.sum(counts, axis=0)
+        bins = bins_from_histogram(total, self._schema, self._plan.model.max_bins)
+        arch = architecture_of(self._plan.model, self._schema, bins)
         checkpoint = Checkpoint(
             round=0,
             bins=bins.to_json(),
             fingerprint=model_fingerprint(self._schema.fingerprint(), bins.fingerprint(), arch),
             weights=initial_weights(arch, self._plan.model.seed),
+            reference=Reference.from_histogram(total, self._schema).to_json(),
         )
         self._store.save_checkpoint(self._job_id, checkpoint)
         return checkpoint
@@ -276,9 +279,7 @@ class _Runner:
             num_lenders=len(updates),
         )
         state = fedavg(ModelState(weights=before.weights, round=before.round), total)
-        after = Checkpoint(
-            round=number, bins=before.bins, fingerprint=before.fingerprint, weights=state.weights
-        )
+        after = replace(before, round=number, weights=state.weights)
         self._store.save_checkpoint(self._job_id, after)
         self._say(report)
         return after
@@ -292,6 +293,7 @@ class _Runner:
             checkpoint.bins,
             checkpoint.fingerprint,
             checkpoint.weights,
+            checkpoint.reference,
         )
         until = time.monotonic() + self._plan.cohort.round_deadline_s
         waiting = _Waiting(self._say)
@@ -363,13 +365,6 @@ class _Runner:
                 raise QuorumError(msg)
             waiting.report(here, accepted - here, quorum)
             time.sleep(_WAIT_S)
-
-    def _architecture(self, bins: Bins) -> Architecture:
-        model = self._plan.model
-        encoding = encoding_of(model.kind)
-        return Architecture(
-            kind=model.kind, num_inputs=num_inputs(self._schema, bins, encoding), hidden=tuple(model.hidden)
-        )
 
 
 class _Waiting:

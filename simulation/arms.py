@@ -19,10 +19,16 @@ from fedfin.credit.binning import (
     histogram,
     histogram_sensitivity,
     histogram_size,
-    num_inputs,
 )
 from fedfin.credit.metrics import auroc
-from fedfin.credit.models import Architecture, encoding_of, initial_weights, num_parameters, predict
+from fedfin.credit.models import (
+    Architecture,
+    architecture_of,
+    encoding_of,
+    initial_weights,
+    num_parameters,
+    predict,
+)
 from fedfin.plan import JobPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy.accounting import calibrate
 from fedfin.privacy.noise import SimulatedNoise
@@ -132,11 +138,7 @@ def federate(lenders: "list[Loans]", schema: "Schema", plan: JobPlan, seed: int)
             counts += noise.normal(len(counts), stddev)
     bins = bins_from_histogram(counts, schema, plan.model.max_bins)
     encoding = encoding_of(plan.model.kind)
-    architecture = Architecture(
-        plan.model.kind,
-        num_inputs(schema, bins, encoding),
-        plan.model.hidden if plan.model.kind == "mlp" else (),
-    )
+    architecture = architecture_of(plan.model, schema, bins)
     encoded = [encode(loans.frame, schema, bins, encoding) for loans in lenders]
     privacy = (
         None

@@ -32,7 +32,7 @@ from fedfin.identity import Invitation, write_public
 from fedfin.plan import JobPlan
 from fedfin.server.founding import Federation, found
 from fedfin.server.supervisor import supervise
-from fedfin.simulation.arms import demo_plan, take_rows, train_pooled
+from fedfin.simulation.arms import take_rows, train_pooled
 from fedfin.simulation.partition import DemoSplit, LenderRows, demo_loans, split_demo
 
 __all__ = ["ArmMetrics", "DemoResult", "LenderResult", "demo_schema_text", "run_demo"]
@@ -119,10 +119,9 @@ def demo_schema_text() -> str:
 
 def run_demo(
     directory: Path,
+    plan: JobPlan,
     *,
     num_lenders: int,
-    rounds: int | None,
-    epsilon: float | None,
     seed: int,
     say: Say,
     stop: threading.Event,
@@ -131,9 +130,8 @@ def run_demo(
 
     Args:
         directory: A new or empty folder.
+        plan: The job; its quorum and the lenders it waits for are set to the demo's.
         num_lenders: 2 to 8; about three eighths of them are banks.
-        rounds: Of the job; None takes the default.
-        epsilon: Of the whole job; None trains without privacy.
         seed: Of the split of the loans; never of any noise.
         say: Told of the coordinator's events and of the demo's own (`stage`, `judged`).
         stop: When set, all processes end and the call raises KeyboardInterrupt.
@@ -152,7 +150,7 @@ def run_demo(
     say({"event": "stage", "text": "splitting the loans"})
     loans, _ = demo_loans()
     split = _first(split_demo(loans, seed), num_lenders)
-    plan = _plan(num_lenders, rounds, epsilon)
+    plan = _for_all(plan, num_lenders)
     directory.mkdir(parents=True, exist_ok=True)
     federation = found(
         directory / "coordinator",
@@ -319,8 +317,7 @@ class _Houses:
             raise self._failure[0]
 
 
-def _plan(num_lenders: int, rounds: int | None, epsilon: float | None) -> JobPlan:
-    plan = demo_plan(epsilon, rounds)
+def _for_all(plan: JobPlan, num_lenders: int) -> JobPlan:
     cohort = plan.cohort.model_copy(
         # Every lender is waited for: a demo that quietly left one out would show something else.
         update={"min_lenders": max(MIN_LENDERS, (num_lenders + 1) // 2), "wait_for": num_lenders}
