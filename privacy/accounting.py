@@ -189,11 +189,13 @@ def calibrate(plan: PrivacyPlan, *, sample_rate: float, num_steps: int) -> Calib
         Noise whose composed epsilon is within 0.5% below `plan.epsilon`.
 
     Raises:
-        PrivacyParameterError: The plan asks for no privacy, or no accountable noise meets it.
+        PrivacyParameterError: An argument is out of range, the plan asks for no privacy, or no
+            accountable noise meets it.
     """
     if plan.mode != "local":
         msg = f"privacy.mode is {plan.mode}; there is no noise to calibrate: set it to local"
         raise PrivacyParameterError(msg)
+    GaussianEvent(_MIN_NOISE_MULTIPLIER, sample_rate, num_steps)  # refuses a rate or count without meaning
 
     def bins_epsilon(noise_multiplier: float) -> float:
         return epsilon_rdp([GaussianEvent(noise_multiplier)], plan.delta)

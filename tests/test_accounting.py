@@ -195,6 +195,14 @@ def test_a_plan_without_privacy_cannot_be_calibrated():
         calibrate(PrivacyPlan(mode="none"), sample_rate=0.5, num_steps=100)
 
 
+@pytest.mark.parametrize(
+    ("sample_rate", "num_steps"), [(0.0, 10), (1.5, 10), (math.nan, 10), (0.5, 0), (0.5, -1)]
+)
+def test_calibration_refuses_a_rate_or_number_of_steps_without_meaning(sample_rate, num_steps):
+    with pytest.raises(PrivacyParameterError, match=r"sample_rate is|count is"):
+        calibrate(PrivacyPlan(), sample_rate=sample_rate, num_steps=num_steps)
+
+
 def test_a_plan_that_no_noise_meets_is_refused():
     with pytest.raises(PrivacyParameterError, match=r"raise privacy\.epsilon"):
         calibrate(PrivacyPlan(epsilon=0.01, delta=1e-12), sample_rate=0.5, num_steps=10**8)
