@@ -82,13 +82,13 @@ def architecture_of(model: "ModelPlan", schema: "Schema", bins: Bins) -> Archite
 
 
 def build(architecture: Architecture) -> nn.Sequential:
-    """Return a module that maps (n, p) float32 loans to (n, 1) logits; its weights are to be loaded."""
+    """Return a module that maps (n, p) float32 loans to (n, 1) logits; its weights are undefined until loaded."""
     layers: list[nn.Module] = []
     width = architecture.num_inputs
     for next_width in architecture.hidden:
-        layers += [nn.Linear(width, next_width), nn.LayerNorm(next_width), nn.ReLU()]
+        layers += [_linear(width, next_width), nn.LayerNorm(next_width), nn.ReLU()]
         width = next_width
-    return nn.Sequential(*layers, nn.Linear(width, 1))
+    return nn.Sequential(*layers, _linear(width, 1))
 
 
 def num_parameters(architecture: Architecture) -> int:
@@ -188,3 +188,8 @@ def require_same_fingerprint(own: str, theirs: str) -> None:
             " schema file and this job's bins on both sides"
         )
         raise SchemaMismatchError(msg)
+
+
+def _linear(width: int, next_width: int) -> nn.Module:
+    # without torch's own initial weights: they are overwritten, and would draw from its global generator
+    return nn.utils.skip_init(nn.Linear, width, next_width)

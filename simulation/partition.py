@@ -85,40 +85,68 @@ def split_demo(loans: Loans, seed: int) -> DemoSplit:
         DataError: There are too few loans of a segment, or a lender would have one outcome only.
     """
     rng = np.random.default_rng(seed)
-    frame, labels = loans.frame, loans.labels
     held_out = np.sort(
-        np.concatenate([_draw_share(np.flatnonzero(labels == label), rng) for label in (0, 1)])
+        np.concatenate([_draw_share(np.flatnonzero(loans.labels == label), rng) for label in (0, 1)])
     )
-    left = np.setdiff1d(np.arange(len(labels)), held_out)
-    small_lenders: list[LenderRows] = []
-    for name, serves in _SEGMENTS:
-        own = left[serves(frame.iloc[left])]
-        if len(own) < FROM_OWN_SEGMENT:
-            msg = f"{len(own)} loans are left for {name}, its segment needs {FROM_OWN_SEGMENT}; give the demo its table"
-            raise DataError(msg)
-        chosen = rng.choice(own, FROM_OWN_SEGMENT, replace=False)
-        others = rng.choice(np.setdiff1d(left, chosen), SMALL_LENDER_LOANS - FROM_OWN_SEGMENT, replace=False)
-        small_lenders.append(LenderRows(name, np.sort(np.concatenate([chosen, others]))))
-        left = np.setdiff1d(left, small_lenders[-1].rows)
-    bank_of = _choose_bank(frame.iloc[left], rng)
-    banks = [LenderRows(name, left[bank_of == position]) for position, (name, _) in enumerate(_BANKS)]
+    rest = np.setdiff1d(np.arange(len(loans)), held_out)
+    banks, small_lenders = _share_out(loans.frame, rest, rng)
     for lender in banks + small_lenders:
-        if len(np.unique(labels[lender.rows])) < 2:
+        if len(np.unique(loans.labels[lender.rows])) < 2:
             msg = f"seed {seed} gives {lender.name} loans of one outcome only; choose another seed"
             raise DataError(msg)
-    return DemoSplit(held_out, tuple(banks), tuple(small_lenders))
+    return DemoSplit(held_out, banks, small_lenders)
 
 
 _BANKS = (("city-bank", "Income"), ("north-bank", "Assets"), ("union-bank", "Seniority"))
 
-# whom each small lender serves; scarce segments choose first
+
+def _tenants(loans: "pd.DataFrame") -> "NDArray[np.bool_]":
+    return np.asarray(loans["Home"] == "rent")
+
+
+def _neither_own_nor_rent(loans: "pd.DataFrame") -> "NDArray[np.bool_]":
+    return np.asarray(loans["Home"].isin(["parents", "priv", "other", "ignore"]))
+
+
+def _at_most_a_year_in_the_job(loans: "pd.DataFrame") -> "NDArray[np.bool_]":
+    return np.asarray(loans["Seniority"] <= 1)
+
+
+def _freelancers(loans: "pd.DataFrame") -> "NDArray[np.bool_]":
+    return np.asarray(loans["Job"] == "freelance")
+
+
+def _at_most_700(loans: "pd.DataFrame") -> "NDArray[np.bool_]":
+    return np.asarray(loans["Amount"] <= 700)
+
+
+# whom each small lender serves; the first one chooses first
 _SEGMENTS: "tuple[tuple[str, Callable[[pd.DataFrame], NDArray[np.bool_]]], ...]" = (
-    ("tenant-micro", lambda loans: (loans["Home"] == "rent").to_numpy()),
-    ("family-micro", lambda loans: loans["Home"].isin(["parents", "priv", "other", "ignore"]).to_numpy()),
-    ("starter-micro", lambda loans: (loans["Seniority"] <= 1).to_numpy()),
-    ("freelance-micro", lambda loans: (loans["Job"] == "freelance").to_numpy()),
-    ("basket-micro", lambda loans: (loans["Amount"] <= 700).to_numpy()),
+    ("tenant-micro", _tenants),
+    ("family-micro", _neither_own_nor_rent),
+    ("starter-micro", _at_most_a_year_in_the_job),
+    ("freelance-micro", _freelancers),
+    ("basket-micro", _at_most_700),
 )
+
+
+def _share_out(
+    frame: "pd.DataFrame", rows: "NDArray[np.int64]", rng: np.random.Generator
+) -> tuple[tuple[LenderRows, ...], tuple[LenderRows, ...]]:
+    """Return the rows of the banks and of the small lenders; outcomes are no argument."""
+    small_lenders: list[LenderRows] = []
+    for name, serves in _SEGMENTS:
+        own = rows[serves(frame.iloc[rows])]
+        if len(own) < FROM_OWN_SEGMENT:
+            msg = f"{len(own)} loans are left for {name}, its segment needs {FROM_OWN_SEGMENT}; give the demo its table"
+            raise DataError(msg)
+        chosen = rng.choice(own, FROM_OWN_SEGMENT, replace=False)
+        others = rng.choice(np.setdiff1d(rows, chosen), SMALL_LENDER_LOANS - FROM_OWN_SEGMENT, replace=False)
+        small_lenders.append(LenderRows(name, np.sort(np.concatenate([chosen, others]))))
+        rows = np.setdiff1d(rows, small_lenders[-1].rows)
+    bank_of = _choose_bank(frame.iloc[rows], rng)
+    banks = tuple(LenderRows(name, rows[bank_of == position]) for position, (name, _) in enumerate(_BANKS))
+    return banks, tuple(small_lenders)
 
 
 def _draw_share(rows: "NDArray[np.int64]", rng: np.random.Generator) -> "NDArray[np.int64]":

@@ -25,7 +25,9 @@ from fedfin.errors import DataError, SchemaMismatchError
 SCHEMA = Schema(
     label=Label(name="bad", bad=("1",), good=("0",), definition="90 days past due"),
     columns=(
-        NumericColumn(name="income", minimum=0, maximum=8, grid_cells=8, nullable=True, special_codes={-1: "none"}),
+        NumericColumn(
+            name="income", minimum=0, maximum=8, grid_cells=8, nullable=True, special_codes={-1: "none"}
+        ),
         NumericColumn(name="age", minimum=18, maximum=98, grid_cells=4, protected=True),
         CategoricalColumn(name="home", categories=("own", "rent"), nullable=True),
     ),
@@ -171,7 +173,9 @@ def test_bins_survive_json_and_their_fingerprint_tells_them_apart():
     assert Bins((("income", (0.0, 3.0, 8.0)),)).fingerprint() != TWO_BINS.fingerprint()
 
 
-@pytest.mark.parametrize("text", ["", "{}x", "[1]", '[["income", ["a"]]]', '[["income", [1]]]', '[["income", [2, 1]]]'])
+@pytest.mark.parametrize(
+    "text", ["", "{}x", "[1]", '[["income", ["a"]]]', '[["income", [1]]]', '[["income", [2, 1]]]']
+)
 def test_text_that_is_no_bins_is_refused(text):
     with pytest.raises(SchemaMismatchError, match="bins"):
         Bins.from_json(text)
