@@ -77,14 +77,18 @@ class Federation:
 
     def found(self, job: dict[str, Any]) -> None:
         self.directory.mkdir(exist_ok=True)
-        self.fedfin("server", "init", self.config.parent, "--address", f"127.0.0.1:{free_port()}", "--schema", SCHEMA)
+        self.fedfin(
+            "server", "init", self.config.parent, "--address", f"127.0.0.1:{free_port()}", "--schema", SCHEMA
+        )
         config = yaml.safe_load(self.config.read_text())
         config["job"] = job
         self.config.write_text(yaml.safe_dump(config))
 
     def start_server(self, *options: str) -> None:
         self.start("server", "server", "--config", self.config, *options, log=self.directory / "server.out")
-        self.wait(lambda: self.reachable() or self.processes["server"].poll() is not None, "the public port opens")
+        self.wait(
+            lambda: self.reachable() or self.processes["server"].poll() is not None, "the public port opens"
+        )
 
     def reachable(self) -> bool:
         host, _, port = self.address.rpartition(":")
@@ -104,7 +108,9 @@ class Federation:
         self.bank(name).write_text(yaml.safe_dump(bank))
 
     def start_lender(self, name: str, *options: str) -> None:
-        self.start(name, "client", "--config", self.bank(name), *options, log=self.directory / name / "client.out")
+        self.start(
+            name, "client", "--config", self.bank(name), *options, log=self.directory / name / "client.out"
+        )
 
     def start(self, key: str, *arguments: object, log: Path) -> None:
         with log.open("ab") as out:
@@ -163,7 +169,10 @@ class Federation:
         while not done():
             if time.monotonic() > until:
                 tails = {key: self.tail(key) for key in self.processes}
-                raise AssertionError(f"waited {timeout_s:g} s in vain: {what}\n" + "\n".join(f"--- {k}\n{v}" for k, v in tails.items()))
+                raise AssertionError(
+                    f"waited {timeout_s:g} s in vain: {what}\n"
+                    + "\n".join(f"--- {k}\n{v}" for k, v in tails.items())
+                )
             time.sleep(0.05)
 
     def wait_for_end(self, key: str, *, timeout_s: float = 90.0) -> int:
@@ -201,4 +210,10 @@ def shares(num_lenders: int, loans_each: int = 120) -> list["np.ndarray[Any, Any
 
 
 def _environment(home: Path) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "FLWR_HOME": str(home), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "FLWR_HOME": str(home),
+        "COLUMNS": "200",
+        "PYTHONUNBUFFERED": "1",
+    }
