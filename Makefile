@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: install demo test test-slow check clean
+.PHONY: install demo test test-slow check docs clean
 install: $(STAMP)
 
 # torch first: PyPI's Linux build brings gigabytes of CUDA that fedfin does not need. PyTorch's CPU index is asked
@@ -44,6 +44,9 @@ check: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/pyright
+
+docs: $(STAMP)
+	@$(BIN)/python -m fedfin.cli_reference docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

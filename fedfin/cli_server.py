@@ -243,7 +243,7 @@ class _View:
         self._progress = progress
         self._task = progress.add_task("starting", total=None)
 
-    def show(self, event: Mapping[str, Any]) -> None:
+    def show(self, event: Mapping[str, Any]) -> None:  # noqa: PLR0912  (one case for each event)
         match event["event"]:
             case "listening":
                 self._line(f"listening on {event['address']}")

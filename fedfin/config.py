@@ -407,6 +407,8 @@ def _type_text(annotation: Any) -> str:  # noqa: ANN401  (a type expression)
         return " or ".join(
             _type_text(option) for option in typing.get_args(annotation) if option is not type(None)
         )
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _type_text(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is tuple:
         return f"list of {_type_text(typing.get_args(annotation)[0])}"
     if typing.get_origin(annotation) is dict:

@@ -101,8 +101,11 @@ class CertificateAuthority:
         Raises:
             EnrolmentError: The request is not signed by its own key, or its key is not P-256.
         """
-        key = request.public_key()
-        if not request.is_signature_valid:
+        try:
+            key, signed = request.public_key(), request.is_signature_valid
+        except (UnsupportedAlgorithm, ValueError):
+            key, signed = None, False
+        if not signed:
             msg = "the certificate request is not signed by its own key; run `fedfin client join` again"
             raise EnrolmentError(msg)
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):

@@ -7,6 +7,7 @@ Flower carries the bytes (`fedfin.wire`) and never looks into them.
 
 import dataclasses
 import json
+import re
 import struct
 import sys
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ _MAGIC: Final = b"FFN1"
 _MAX_HEADER: Final = 4 * 1024 * 1024
 _MAX_VALUES: Final = 200_000_000
 _MAX_FLOAT: Final = sys.float_info.max
+_HALF_CHARACTER: Final = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +198,11 @@ def _value(
         if isinstance(raw, bool) or not isinstance(raw, (int, float) if wanted is float else wanted):
             msg = f"{where} is not a {text}; both sides must run the same release"
             raise LinkError(msg)
-        if (
-            wanted is float and not abs(raw) <= _MAX_FLOAT
-        ):  # JSON's whole numbers have no end, and it knows NaN
+        # JSON's whole numbers have no end, and it knows NaN.
+        if wanted is float and not abs(raw) <= _MAX_FLOAT:
             msg = f"{where} is not a finite number; the sender must mend its side"
             raise LinkError(msg)
-        if wanted is str and any("\ud800" <= char <= "\udfff" for char in raw):
+        if wanted is str and _HALF_CHARACTER.search(raw):
             msg = f"{where} holds half a character, which can be neither kept nor shown; the sender must mend its side"
             raise LinkError(msg)
         return wanted(raw), offset

@@ -40,11 +40,12 @@ def from_record(record: RecordDict) -> bytes:
         LinkError: The record is not one of ours.
     """
     try:
-        value = record.config_records[_RECORD][_KEY]
+        ours = record.config_records[_RECORD]
+        value = ours[_KEY]
     except KeyError as error:
         msg = "Flower delivered a message that is not fedfin's; both sides must run fedfin"
         raise LinkError(msg) from error
-    if not isinstance(value, bytes) or len(record) != 1:
+    if not isinstance(value, bytes) or len(record) != 1 or len(ours) != 1:
         msg = "Flower delivered a message that is not fedfin's; both sides must run fedfin"
         raise LinkError(msg)
     return value

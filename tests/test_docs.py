@@ -1,0 +1,77 @@
+"""The documents say what the code does."""
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from fedfin.cli import app
+from fedfin.cli_reference import commands_page, configuration_page
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def commands() -> list[list[str]]:
+    found: list[list[str]] = []
+
+    def walk(command: click.Command, path: list[str]) -> None:
+        found.append(path)
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                walk(command.get_command(context, name), [*path, name])
+
+    walk(typer.main.get_command(app), [])
+    return found
+
+
+def test_the_configuration_page_is_the_code():
+    assert (ROOT / "docs" / "configuration.md").read_text() == configuration_page(), "run `make docs`"
+
+
+def test_the_commands_page_is_the_code():
+    assert (ROOT / "docs" / "commands.md").read_text() == commands_page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_every_command_has_help_with_an_example(path):
+    shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert re.search(rf"Example:.*fedfin {' '.join(path)}".rstrip(), shown.output), shown.output
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_and_option_that_a_page_names_exists(page):
+    known = {tuple(path): {o for p in command_at(path).params for o in p.opts} for path in commands()}
+    for line in re.findall(
+        r"^(?:    |```.*\n)?(?:\$ )?fedfin ([^\n`]*)|`fedfin ([^`]*)`", page.read_text(), re.M
+    ):
+        words = (line[0] or line[1]).split("#")[0].split()
+        path: tuple[str, ...] = ()
+        for word in words:
+            if (*path, word) not in known:
+                break
+            path = (*path, word)
+        options = {word.split("=")[0] for word in words if word.startswith("--")} - {"--help"}
+        for option in options:
+            assert any(option in known[path[:end]] for end in range(len(path) + 1)), (
+                f"{page.name}: fedfin {words}"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_of_the_project_leads_there(page):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        if not target.startswith(("http:", "https:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def command_at(path: list[str]) -> click.Command:
+    command = typer.main.get_command(app)
+    for name in path:
+        command = command.get_command(click.Context(command), name)
+    return command
