@@ -192,4 +192,5 @@ def require_same_fingerprint(own: str, theirs: str) -> None:
 
 def _linear(width: int, next_width: int) -> nn.Module:
     # without torch's own initial weights: they are overwritten, and would draw from its global generator
-    return nn.utils.skip_init(nn.Linear, width, next_width)
+    layer: nn.Module = nn.utils.skip_init(nn.Linear, width, next_width)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return layer
