@@ -1,9 +1,13 @@
 """Fixtures that more than one test file uses."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from postgres import PostgresServer, find_initdb, running, unprivileged_user
+
+# Before torch is imported: default threading is up to 100 times slower where processes outnumber cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

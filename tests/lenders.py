@@ -1,0 +1,68 @@
+"""A lender's folder for tests, without a coordinator: real loans, real keys, a plan of a few steps."""
+
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from federation import LOANS, SCHEMA, shares
+
+from fedfin.client.folder import LenderFolder
+from fedfin.client.lender import Lender
+from fedfin.credit.binning import bins_from_histogram
+from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint
+from fedfin.credit.schema import Schema
+from fedfin.identity import create_lender_keys, save_lender_keys
+from fedfin.plan import CohortPlan, JobPlan, PrivacyPlan, TrainingPlan
+from fedfin.update import Histogram, Propose, Train, decode, encode
+
+PLAN = JobPlan(
+    training=TrainingPlan(rounds=3, local_steps=2, sample_rate=0.5),
+    privacy=PrivacyPlan(epsilon=2.0),
+    cohort=CohortPlan(min_lenders=2),
+)
+JOB = "credit-1234"
+
+
+def lender_folder(
+    directory: Path, *, name: str = "north-bank", num_loans: int = 150, **policy: object
+) -> Path:
+    """Write a folder as `fedfin client join` leaves it, with loans; return its bank.yaml."""
+    directory.mkdir(parents=True)
+    save_lender_keys(create_lender_keys(), directory / "keys")
+    (directory / "ca.pem").write_text("not used here")
+    (directory / "schema.yaml").write_text(SCHEMA.read_text())
+    table = pd.read_csv(LOANS, dtype=str, keep_default_na=False)
+    table.iloc[shares(1, num_loans)[0]].to_csv(directory / "loans.csv", index=False)
+    config = {
+        "name": name,
+        "federation": "test",
+        "coordinator": "127.0.0.1:1",
+        "data": {"path": "loans.csv"},
+        "policy": policy,
+    }
+    (directory / "bank.yaml").write_text(yaml.safe_dump(config))
+    return directory / "bank.yaml"
+
+
+def open_lender(bank: Path) -> Lender:
+    return Lender(LenderFolder(bank), say=lambda _: None)
+
+
+def schema() -> Schema:
+    return Schema.from_yaml(SCHEMA.read_text(), origin="schema.yaml")
+
+
+def proposal(plan: JobPlan = PLAN, job: str = JOB) -> bytes:
+    return encode(Propose(job, plan.model_dump_json(), schema().fingerprint()))
+
+
+def train_request(
+    histogram: bytes, number: int, plan: JobPlan = PLAN, *, shift: float = 0.0, job: str = JOB
+) -> bytes:
+    """Return the question of round `number`, with bins from a lender's own histogram."""
+    columns = schema()
+    bins = bins_from_histogram(decode(histogram, Histogram).counts, columns, plan.model.max_bins)
+    architecture = architecture_of(plan.model, columns, bins)
+    fingerprint = model_fingerprint(columns.fingerprint(), bins.fingerprint(), architecture)
+    weights = initial_weights(architecture, plan.model.seed) + shift
+    return encode(Train(job, number, bins.to_json(), fingerprint, weights.astype("float32")))

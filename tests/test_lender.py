@@ -1,0 +1,272 @@
+"""How a lender answers: within its policy, from its own budget, and once."""
+
+import json
+
+import numpy as np
+import pytest
+from lenders import JOB, PLAN, lender_folder, open_lender, proposal, schema, train_request
+
+from fedfin.errors import DataError, LedgerError, LinkError
+from fedfin.plan import ModelPlan, PrivacyPlan, TrainingPlan
+from fedfin.privacy.ledger import Ledger
+from fedfin.update import (
+    Accepted,
+    AskHistogram,
+    Done,
+    Finish,
+    Histogram,
+    Propose,
+    Refused,
+    Train,
+    Update,
+    decode,
+    encode,
+)
+
+BINS = encode(AskHistogram(JOB))
+
+
+@pytest.fixture
+def bank(tmp_path):
+    return lender_folder(tmp_path / "north-bank")
+
+
+def commits(bank):
+    with Ledger(bank.parent / "ledger.db") as ledger:
+        return [entry.stage for entry in ledger.entries() if entry.kind == "commit"]
+
+
+def refusal(lender, question):
+    return decode(lender.answer(question), Refused).reason
+
+
+def plan(**changes):
+    return PLAN.model_copy(update=changes)
+
+
+def test_a_job_is_accepted_counted_and_trained(bank):
+    lender = open_lender(bank)
+    accepted = decode(lender.answer(proposal()), Accepted)
+    assert accepted.weight == 100.0  # 70% of 150 loans, rounded down to the bucket of 50
+    histogram = lender.answer(BINS)
+    update = decode(lender.answer(train_request(histogram, 1)), Update)
+    assert update.round == 1
+    assert np.linalg.norm(update.delta) > 0
+    assert commits(bank) == ["bins", "round 1"]
+
+
+def test_a_repeated_question_gets_the_same_bytes_and_costs_nothing(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    update = lender.answer(train_request(histogram, 1))
+    lender.close()
+    restarted = open_lender(bank)
+    assert restarted.answer(proposal()) == open_answer(bank)
+    assert restarted.answer(BINS) == histogram
+    assert restarted.answer(train_request(histogram, 1)) == update
+    assert commits(bank) == ["bins", "round 1"]
+
+
+def open_answer(bank):
+    accepted = json.loads((bank.parent / "jobs" / JOB / "job.json").read_text())
+    return encode(Accepted(JOB, accepted["weight"]))
+
+
+def test_the_same_round_for_another_model_is_refused(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    lender.answer(train_request(histogram, 1))
+    assert "another model" in refusal(lender, train_request(histogram, 1, shift=0.5))
+    assert commits(bank) == ["bins", "round 1"]
+
+
+@pytest.mark.parametrize("dies", ["before the answer is kept", "before it is charged", "before it is sent"])
+def test_killed_at_any_step_a_stage_is_charged_once_for_what_left(bank, monkeypatch, dies):
+    """Whatever leaves was charged, once; whatever did not leave was made anew."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_args, **_kwargs):
+        raise Killed
+
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    question = train_request(histogram, 1)
+    with monkeypatch.context() as patch:
+        if dies == "before the answer is kept":
+            patch.setattr("fedfin.client.folder.JobFolder.keep_answer", die)
+        elif dies == "before it is charged":
+            patch.setattr("fedfin.privacy.ledger.Ledger.commit", die)
+        else:
+            patch.setattr("fedfin.audit.journal.Journal.write", die)
+        with pytest.raises(Killed):
+            lender.answer(question)
+    lender.close()
+    kept = bank.parent / "jobs" / JOB / "outbox" / "round-1.bin"
+    unsent = kept.read_bytes()[32:] if kept.exists() else None
+    restarted = open_lender(bank)
+    answer = restarted.answer(question)
+    assert commits(bank) == ["bins", "round 1"]
+    # charged before the kill: these very bytes may have left; not charged: they did not, and are made anew
+    assert (answer == unsent) == (dies == "before it is sent")
+
+
+def test_an_answer_that_was_charged_and_lost_is_not_made_twice(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    lender.answer(BINS)
+    (bank.parent / "jobs" / JOB / "outbox" / "bins.bin").unlink()
+    assert "ledger" in refusal(lender, BINS)
+    assert commits(bank) == ["bins"]
+
+
+def test_two_histograms_of_two_lenders_with_the_same_loans_differ_by_their_noise(tmp_path):
+    answers = []
+    for name in ("one", "two"):
+        lender = open_lender(lender_folder(tmp_path / name))
+        lender.answer(proposal())
+        answers.append(decode(lender.answer(BINS), Histogram).counts)
+    assert not np.array_equal(*answers)
+    assert not np.array_equal(answers[0], np.round(answers[0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"privacy": PrivacyPlan(mode="none")}, "allow_no_privacy"),
+        ({"privacy": PrivacyPlan(epsilon=50.0)}, "budget"),
+        ({"privacy": PrivacyPlan(delta=1e-3)}, "privacy.delta"),
+        ({"training": TrainingPlan(rounds=5000)}, "training.rounds"),
+    ],
+)
+def test_a_plan_outside_the_policy_is_refused_and_logged_and_reserves_nothing(bank, change, word):
+    lender = open_lender(bank)
+    assert word in refusal(lender, proposal(plan(**change)))
+    log = [json.loads(line) for line in (bank.parent / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["event"] == "refused"
+    assert not (bank.parent / "jobs" / JOB).exists()
+    with Ledger(bank.parent / "ledger.db") as ledger:
+        assert ledger.entries() == ()
+
+
+def test_a_model_larger_than_the_policy_allows_is_refused(tmp_path):
+    bank = lender_folder(tmp_path / "bank", max_parameters=10)
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    assert "parameters" in refusal(lender, train_request(histogram, 1))
+
+
+def test_what_was_not_accepted_is_not_answered(bank):
+    lender = open_lender(bank)
+    assert "did not accept" in refusal(lender, BINS)
+
+
+def test_another_plan_under_an_accepted_job_is_refused(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    assert "another plan" in refusal(lender, proposal(plan(training=TrainingPlan(rounds=2))))
+
+
+def test_another_schema_is_refused_before_anything_is_read_or_charged(bank):
+    lender = open_lender(bank)
+    assert "schema" in refusal(lender, encode(Propose(JOB, PLAN.model_dump_json(), "0" * 64)))
+    assert commits(bank) == []
+
+
+def test_a_model_of_another_architecture_is_refused_before_training(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    other = train_request(histogram, 1, plan(model=ModelPlan(kind="mlp", hidden=(8,))))
+    assert "fingerprint" in refusal(lender, other).lower() or "architecture" in refusal(lender, other)
+    assert commits(bank) == ["bins"]
+
+
+def test_rounds_beyond_the_plan_are_refused(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    assert "not one of the plan" in refusal(lender, train_request(histogram, 4))
+
+
+def test_loans_that_changed_within_a_job_stop_it(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    lender.close()
+    lines = (bank.parent / "loans.csv").read_text().splitlines()
+    (bank.parent / "loans.csv").write_text("\n".join(lines[:-40]) + "\n")
+    restarted = open_lender(bank)
+    assert "does not pass" in refusal(restarted, BINS) or "do not pass" in refusal(restarted, BINS)
+    assert commits(bank) == []
+
+
+def test_the_reason_that_reaches_the_coordinator_says_nothing_of_the_loans(bank):
+    lender = open_lender(bank)
+    reason = refusal(lender, proposal(plan(privacy=PrivacyPlan(epsilon=50.0))))
+    assert not any(character.isdigit() for character in reason)
+
+
+def test_the_end_of_a_job_keeps_the_model_and_frees_what_was_not_spent(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    question = decode(train_request(histogram, 1), Train)
+    finish = Finish(JOB, "completed", 3, question.bins, question.fingerprint, question.weights)
+    decode(lender.answer(encode(finish)), Done)
+    assert len(list((bank.parent / "models").glob("*/model.json"))) == 1
+    with Ledger(bank.parent / "ledger.db") as ledger:
+        (snapshot,) = ledger.snapshots()
+        assert ledger.reserved(snapshot, 1e-5).epsilon_rdp == 0.0
+        assert ledger.spent(snapshot, 1e-5).epsilon_rdp > 0.0
+    assert lender.evaluate_pending() == 1
+    assert lender.evaluate_pending() == 0
+    # the second job is refused or accepted by what is left, never by what was reserved and freed
+    decode(lender.answer(proposal(job="credit-5678")), Accepted)
+
+
+def test_an_abandoned_job_frees_its_budget(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    decode(lender.answer(encode(Finish(JOB, "abandoned", 0, "", "", np.zeros(0, np.float32)))), Done)
+    decode(lender.answer(proposal(job="credit-5678")), Accepted)
+
+
+@pytest.mark.parametrize("job", ["../../etc", "a/b", ".hidden", "x" * 200])
+def test_a_job_cannot_name_a_path(bank, job):
+    lender = open_lender(bank)
+    with pytest.raises(LinkError, match="job"):
+        lender.answer(proposal(job=job))
+
+
+def test_a_lender_with_one_outcome_does_not_start(bank):
+    header, *rows = (bank.parent / "loans.csv").read_text().splitlines()
+    good = [row for row in rows if row.endswith(",0")]
+    (bank.parent / "loans.csv").write_text("\n".join([header, *good]) + "\n")
+    with pytest.raises(DataError, match="bad"):
+        open_lender(bank)
+
+
+def test_the_held_out_loans_stay_the_same_when_the_table_is_reordered(bank):
+    lender = open_lender(bank)
+    before = (lender.loans.snapshot, sorted(lender.loans.holdout.frame["Price"]))
+    lender.close()
+    header, *rows = (bank.parent / "loans.csv").read_text().splitlines()
+    (bank.parent / "loans.csv").write_text("\n".join([header, *reversed(rows)]) + "\n")
+    again = open_lender(bank)
+    assert (again.loans.snapshot, sorted(again.loans.holdout.frame["Price"])) == before
+
+
+def test_a_damaged_ledger_stops_the_lender(bank):
+    (bank.parent / "ledger.db").write_bytes(b"garbage" * 1000)
+    (bank.parent / "ledger.db").chmod(0o600)
+    with pytest.raises(LedgerError):
+        open_lender(bank)
+
+
+def test_the_schema_of_the_folder_is_the_one_that_counts(bank):
+    assert open_lender(bank).loans.schema.fingerprint() == schema().fingerprint()
