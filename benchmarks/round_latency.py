@@ -41,9 +41,8 @@ def our_rounds(num_lenders: int, directory: Path) -> tuple[list[float], int]:
     )
     times = [dt.datetime.fromisoformat(line["time"]) for line in result.rounds]
     weights = (result.run / "model" / "model.safetensors").stat().st_size // 4
-    return [
-        (after - before).total_seconds() for before, after in zip(times[:-1], times[1:], strict=True)
-    ], weights
+    seconds = [(after - before).total_seconds() for before, after in itertools.pairwise(times)]
+    return seconds, weights
 
 
 def main() -> None:

@@ -43,7 +43,8 @@ def prepare(folder: LenderFolder) -> PreparedLoans:
     if not report.can_take_part:
         errors = [finding for finding in report.findings if finding.severity == "error"]
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        msg = f"{errors[0].message}{more}; {errors[0].mend}. `fedfin client check` shows all that is wrong"
+        where = f"{errors[0].column}: " if errors[0].column else ""
+        msg = f"{where}{errors[0].message}{more}; {errors[0].mend}. `fedfin client check` shows all that is wrong"
         raise DataError(msg)
     loans = read_loans(config.data, schema, folder.directory)
     if config.holdout.source is not None:

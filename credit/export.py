@@ -17,9 +17,11 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedfin.credit.binning import Bins
+from fedfin.credit.models import architecture_of, model_fingerprint, num_parameters
 from fedfin.credit.schema import Schema
-from fedfin.errors import ConfigError
+from fedfin.errors import ConfigError, FedfinError
 from fedfin.identity import write_public
+from fedfin.plan import JobPlan
 
 __all__ = ["ReleasedModel", "load_model", "model_digest", "save_model"]
 
@@ -88,7 +90,7 @@ def save_model(model: ReleasedModel, directory: Path) -> None:
 
 
 def load_model(directory: Path) -> ReleasedModel:
-    """Read the two files and check them against the digest.
+    """Read the two files and check them against the digest, and schema, bins and plan against the fingerprint.
 
     Raises:
         ConfigError: A file is missing, damaged or changed.
@@ -106,11 +108,22 @@ def load_model(directory: Path) -> ReleasedModel:
             fingerprint=body["fingerprint"],
             weights=weights,
         )
+        architecture = architecture_of(JobPlan.model_validate(body["plan"]).model, model.schema, model.bins)
         named = body["digest"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, FedfinError) as error:
         msg = f"{directory} does not hold a whole model ({error}); take it again from the coordinator or a backup"
         raise ConfigError(msg) from error
     if model.digest != named:
         msg = f"{directory}: the weights are not those that model.json names; take the model again from the coordinator"
+        raise ConfigError(msg)
+    meaning = model_fingerprint(model.schema.fingerprint(), model.bins.fingerprint(), architecture)
+    if model.fingerprint != meaning or (weights.dtype, weights.shape) != (
+        np.dtype(np.float32),
+        (num_parameters(architecture),),
+    ):
+        msg = (
+            f"{directory}: the weights were not trained under model.json's schema, bins and plan; take the model again"
+            " from the coordinator"
+        )
         raise ConfigError(msg)
     return model

@@ -293,7 +293,8 @@ def _leaks(parsed: ParsedTable, aucs: dict[str, float], acknowledged: frozenset[
             "warning" if name in acknowledged else "error",
             "suspect_leak",
             f"alone it tells bad from good with AUC {auc:.3f}, above {LEAK_AUC:g}: was it known beforehand?",
-            "take it out of the federation's schema; or, if it was known at the application, acknowledge it",
+            "take it out of the federation's schema; or, if it was known at the application, name it in"
+            " data.accepted_leaks of bank.yaml",
             column=name,
             count=len(parsed.labels),
         )

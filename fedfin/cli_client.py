@@ -151,7 +151,12 @@ def _show_report(report: Any) -> None:  # noqa: ANN401  (fedfin.credit.quality, 
     )
     styles = {"error": "red", "warning": "yellow", "note": "dim"}
     for finding in report.findings:
-        say(f"{finding.severity}: {finding.message}; {finding.mend}", style=styles[finding.severity])
+        where = f"{finding.column}: " if finding.column else ""
+        rows_text = f" (row {', '.join(map(str, finding.rows))}{', ...' if finding.count > len(finding.rows) else ''})"
+        say(
+            f"{finding.severity}: {where}{finding.message}{rows_text if finding.rows else ''}; {finding.mend}",
+            style=styles[finding.severity],
+        )
     if report.can_take_part:
         say("these loans can take part", style="bold green")
     else:

@@ -199,10 +199,10 @@ def _value(
             msg = f"{where} is not a {text}; both sides must run the same release"
             raise LinkError(msg)
         # JSON's whole numbers have no end, and it knows NaN.
-        if wanted is float and not abs(raw) <= _MAX_FLOAT:
+        if wanted is float and isinstance(raw, (int, float)) and not abs(raw) <= _MAX_FLOAT:
             msg = f"{where} is not a finite number; the sender must mend its side"
             raise LinkError(msg)
-        if wanted is str and _HALF_CHARACTER.search(raw):
+        if isinstance(raw, str) and _HALF_CHARACTER.search(raw):
             msg = f"{where} holds half a character, which can be neither kept nor shown; the sender must mend its side"
             raise LinkError(msg)
         return wanted(raw), offset

@@ -48,7 +48,7 @@ def test_every_command_has_help_with_an_example(path):
 def test_every_command_and_option_that_a_page_names_exists(page):
     known = {tuple(path): {o for p in command_at(path).params for o in p.opts} for path in commands()}
     for line in re.findall(
-        r"^(?:    |```.*\n)?(?:\$ )?fedfin ([^\n`]*)|`fedfin ([^`]*)`", page.read_text(), re.M
+        r"^(?:    |```.*\n)?(?:\$ )?fedfin ([^\n`]*)|`fedfin ([^`]*)`", page.read_text(), re.MULTILINE
     ):
         words = (line[0] or line[1]).split("#")[0].split()
         path: tuple[str, ...] = ()
