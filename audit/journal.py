@@ -5,6 +5,7 @@ evidence work replaces it behind the same call.)
 """
 
 import datetime as dt
+import errno
 import json
 import os
 from pathlib import Path
@@ -31,7 +32,9 @@ class Journal:
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                os.write(descriptor, text.encode())
+                line_bytes = text.encode()
+                if os.write(descriptor, line_bytes) != len(line_bytes):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a full disk takes a part
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)

@@ -11,12 +11,14 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from pydantic import ValidationError
 
 from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
 from fedfin.errors import EnrolmentError, FedfinError
-from fedfin.identity import CertificateAuthority, secret_hash, verify_signature
+from fedfin.identity import CertificateAuthority, public_pem, secret_hash, verify_signature
 from fedfin.server.roster import FederationStore, Member
 
 __all__ = ["EnrolmentDesk", "enrolment_app"]
@@ -67,12 +69,13 @@ class EnrolmentDesk:
         try:
             request = EnrolmentRequest.model_validate_json(body)
             certificate_request = x509.load_pem_x509_csr(request.certificate_request.encode())
-        except (ValidationError, ValueError) as error:
+            keys = _keys_of(request)
+        except (ValidationError, UnsupportedAlgorithm, ValueError):
             msg = "the enrolment request is malformed; both sides must run the same release of fedfin"
-            raise EnrolmentError(msg) from error
+            # from None: the original would print the secret it was given.
+            raise EnrolmentError(msg) from None
         hashed = secret_hash(request.name, request.secret)
         self._store.check_invitation(request.name, hashed)
-        keys = {"node": request.node_key, "identity": request.identity_key, "witness": request.witness_key}
         if set(request.signatures) != set(keys) or len(set(keys.values())) != len(keys):
             msg = "the enrolment must be signed by three different keys; run `fedfin client join` again"
             raise EnrolmentError(msg)
@@ -97,6 +100,22 @@ class EnrolmentDesk:
         self._store.enrol(member, hashed)
         self._on_member(member)
         return EnrolmentAnswer(certificate=pem, schema_text=schema_text, federation=self._federation)
+
+
+def _keys_of(request: EnrolmentRequest) -> dict[str, str]:
+    """Return the keys' PEM by role; refuse one of another kind, or written otherwise than `public_pem` does."""
+    keys = {"node": request.node_key, "identity": request.identity_key, "witness": request.witness_key}
+    for role, pem in keys.items():
+        key = serialization.load_pem_public_key(pem.encode())
+        if role == "node":
+            fits = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)
+        else:
+            fits = isinstance(key, ed25519.Ed25519PublicKey)
+        # One text a key: else the roster would take the same key twice, with a blank line more.
+        if not fits or public_pem(key) != pem:  # type: ignore[arg-type]  # EC or Ed25519 where it fits
+            msg = f"the {role} key is of another kind or form; run `fedfin client join` with this release of fedfin"
+            raise EnrolmentError(msg)
+    return keys
 
 
 def enrolment_app(desk: EnrolmentDesk) -> Callable[[Scope, Receive, Send], Awaitable[None]]:

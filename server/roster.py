@@ -223,19 +223,22 @@ class FederationStore:
         return Checkpoint(round=row[0], bins=row[1], fingerprint=row[2], weights=weights, reference=row[4])
 
     def save_answer(self, job_id: str, name: str, *, weight: float | None, reason: str | None) -> None:
-        """Keep a lender's answer to a proposal: a weight, or the reason of its refusal."""
+        """Keep a lender's answer: a weight, or the reason of its refusal, at the proposal or later in the job."""
         with self._write() as db:
             db.execute(
                 "INSERT INTO answers (job_id, name, weight, reason) VALUES (?, ?, ?, ?)"
-                " ON CONFLICT (job_id, name) DO UPDATE SET weight = excluded.weight, reason = excluded.reason",
+                # A lender that stops later keeps its weight here: it holds a reservation until the job's end.
+                " ON CONFLICT (job_id, name)"
+                " DO UPDATE SET weight = coalesce(excluded.weight, weight), reason = excluded.reason",
                 (job_id, name, weight, reason),
             )
 
     def weights(self, job_id: str) -> dict[str, float]:
-        """Return the weight of every lender that accepted the job."""
+        """Return the weight of every lender that accepted the job and did not refuse to go on."""
         with self._read() as db:
             rows = db.execute(
-                "SELECT name, weight FROM answers WHERE job_id = ? AND weight IS NOT NULL", (job_id,)
+                "SELECT name, weight FROM answers WHERE job_id = ? AND weight IS NOT NULL AND reason IS NULL",
+                (job_id,),
             ).fetchall()
         return dict(rows)
 

@@ -8,7 +8,7 @@ before, so no round is charged twice.
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -23,7 +23,7 @@ from fedfin.errors import ConfigError, FedfinError, QuorumError
 from fedfin.plan import JobPlan
 from fedfin.server.roster import Checkpoint, FederationStore, Job
 from fedfin.strategies.fedavg import fedavg
-from fedfin.strategies.strategy import CohortSum, ModelState
+from fedfin.strategies.strategy import CohortSum, ModelState, lender_weight
 from fedfin.update import (
     Accepted,
     AskHistogram,
@@ -41,7 +41,7 @@ __all__ = ["Answers", "Exchange", "Say", "choose_job", "run_job"]
 
 _WAIT_S: Final = 0.2
 _PROPOSE_S: Final = 120.0  # a lender reads its table and calibrates its noise before it answers
-_SILENT_S: Final = 5.0  # a waiting coordinator says for whom this often
+_SILENT_S: Final = 5.0  # a waiting coordinator says for whom, and proposes again to who failed, this often
 
 Say = Callable[[Mapping[str, Any]], None]
 """Reports an event to people: a mapping with `event` and what belongs to it; no metric of one lender."""
@@ -142,7 +142,7 @@ def run_job(
     """
     runner = _Runner(exchange, store, job, plan, schema, say)
     if job.status == "running":
-        runner.settle_abandoned()
+        runner.settle(exchange.online())
         runner.gather()
         checkpoint = store.checkpoint(job.job_id) or runner.make_bins()
         while checkpoint.round < plan.training.rounds:
@@ -168,19 +168,22 @@ class _Runner:
         self._schema = schema
         self._say = say
         self._refused: dict[str, str] = {}
+        self._ask_again_at: dict[str, float] = {}
+        self._ended = {
+            earlier.job_id: earlier
+            for earlier in store.jobs()
+            if earlier.status != "running" and earlier.job_id != job.job_id
+        }
 
-    def settle_abandoned(self) -> None:
-        """Tell lenders of abandoned jobs that they are over, so that what was reserved is free again."""
-        for job in self._store.jobs():
-            if job.status != "abandoned":
-                continue
-            here = [name for name in self._store.undelivered(job.job_id) if name in self._exchange.online()]
-            over = Finish(job.job_id, "abandoned", 0, "", "", np.zeros(0, dtype=np.float32))
-            answers = (
-                self._exchange.ask(dict.fromkeys(here, over), Done, deadline_s=_PROPOSE_S) if here else None
-            )
-            for name in answers.replies if answers else ():
-                self._store.mark_delivered(job.job_id, name)
+    def settle(self, names: Collection[str]) -> None:
+        """Tell these lenders how earlier jobs ended, where they were away: what they had reserved is free again."""
+        for job in list(self._ended.values()):
+            away = set(self._store.undelivered(job.job_id))
+            if not away:
+                del self._ended[job.job_id]
+            elif away & set(names):
+                last = self._store.checkpoint(job.job_id) if job.status == "completed" else None
+                self._end(_finish(job.job_id, last), away & set(names))
 
     def gather(self) -> None:
         """Propose the job until enough lenders take part: all that are waited for, or the quorum after a while."""
@@ -227,6 +230,7 @@ class _Runner:
             self._say({"event": "bins", "lenders": len(counts), "missing": answers.failures})
             if len(counts) >= self._plan.cohort.min_lenders:
                 break
+            time.sleep(_WAIT_S)
         total = np.sum(counts, axis=0)
         bins = bins_from_histogram(total, self._schema, self._plan.model.max_bins)
         arch = architecture_of(self._plan.model, self._schema, bins)
@@ -270,6 +274,7 @@ class _Runner:
             if len(updates) >= self._plan.cohort.min_lenders:
                 break
             self._say({**report, "event": "round_short"})
+            time.sleep(_WAIT_S)
         weights = self._store.weights(self._job_id)
         total = CohortSum(
             values=np.sum(
@@ -286,44 +291,56 @@ class _Runner:
 
     def deliver(self, checkpoint: Checkpoint) -> None:
         """Send the model to every lender that took part; those away get it when the coordinator runs again."""
-        finish = Finish(
-            self._job_id,
-            "completed",
-            checkpoint.round,
-            checkpoint.bins,
-            checkpoint.fingerprint,
-            checkpoint.weights,
-            checkpoint.reference,
-        )
+        finish = _finish(self._job_id, checkpoint)
+        not_kept: dict[str, str] = {}
         until = time.monotonic() + self._plan.cohort.round_deadline_s
         waiting = _Waiting(self._say)
         while True:
             away = set(self._store.undelivered(self._job_id))
-            here = away & self._exchange.online()
+            here = (away & self._exchange.online()) - set(not_kept)
             if here:
-                answers = self._exchange.ask(dict.fromkeys(sorted(here), finish), Done, deadline_s=_PROPOSE_S)
-                for name in answers.replies:
-                    self._store.mark_delivered(self._job_id, name)
-                away -= set(answers.replies)
-            if not away or time.monotonic() > until:
-                self._say({"event": "delivered", "missing": sorted(away)})
+                not_kept |= self._end(finish, here)
+                away = set(self._store.undelivered(self._job_id))
+            if not away - set(not_kept) or time.monotonic() > until:
+                self._say({"event": "delivered", "missing": sorted(away), "not_kept": not_kept})
                 return
             waiting.report(set(), away, len(away))
             time.sleep(_WAIT_S)
 
+    def _end(self, finish: Finish, names: set[str]) -> dict[str, str]:
+        """Send a job's end; return the lenders that answered but could not keep it, with the reason."""
+        answers = self._exchange.ask(dict.fromkeys(sorted(names), finish), Done, deadline_s=_PROPOSE_S)
+        not_kept: dict[str, str] = {}
+        for name, reply in sorted(answers.replies.items()):
+            if isinstance(reply, Done):
+                self._store.mark_delivered(finish.job_id, name)
+            else:
+                not_kept[name] = (
+                    reply.reason if isinstance(reply, Refused) else "it answered another question"
+                )
+        return not_kept
+
     def _propose(self, members: set[str]) -> None:
         answered = set(self._store.weights(self._job_id)) | set(self._refused)
-        new = sorted((members - answered) & self._exchange.online())
+        soon = {name for name, at in self._ask_again_at.items() if time.monotonic() < at}
+        new = sorted(((members - answered) & self._exchange.online()) - soon)
         if not new:
             return
+        self.settle(new)  # first: what an abandoned job holds could not be reserved for this one
+        largest = lender_weight(self._plan.training.weight_cap, self._plan.training)
         proposal = Propose(self._job_id, self._plan.model_dump_json(), self._schema.fingerprint())
         answers = self._exchange.ask(dict.fromkeys(new, proposal), Accepted, deadline_s=_PROPOSE_S)
         for name, reply in self._sorted_out(answers):
-            if isinstance(reply, Accepted) and reply.weight > 0:
+            if not isinstance(reply, Accepted):
+                answers.failures[name] = "it answered another question"
+            elif not 0 < reply.weight <= largest:
+                answers.failures[name] = f"its weight is not one of the plan's: above 0, at most {largest:g}"
+            else:
                 self._store.save_answer(self._job_id, name, weight=reply.weight, reason=None)
                 self._say({"event": "accepted", "lender": name})
         for name in new:
             if name in answers.failures and name not in self._refused:
+                self._ask_again_at[name] = time.monotonic() + _SILENT_S
                 self._say({"event": "unanswered", "lender": name, "reason": answers.failures[name]})
 
     def _sorted_out(self, answers: Answers) -> list[tuple[str, Message]]:
@@ -380,6 +397,13 @@ class _Waiting:
         if text != self._last or time.monotonic() - self._at > _SILENT_S:
             self._say({"event": "waiting", "online": sorted(here), "for": sorted(away), "wanted": wanted})
             self._last, self._at = text, time.monotonic()
+
+
+def _finish(job_id: str, last: Checkpoint | None) -> Finish:
+    """Return the message that ends a job: completed with its model, or abandoned."""
+    if last is None:
+        return Finish(job_id, "abandoned", 0, "", "", np.zeros(0, dtype=np.float32))
+    return Finish(job_id, "completed", last.round, last.bins, last.fingerprint, last.weights, last.reference)
 
 
 def _lost(job: Job) -> Checkpoint:

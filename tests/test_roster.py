@@ -1,0 +1,340 @@
+"""federation.db: invitations work once and for one name, and what a method returned survives."""
+
+import dataclasses
+import datetime as dt
+import multiprocessing
+import sqlite3
+import stat
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from fedfin.errors import ConfigError, EnrolmentError, LinkError
+from fedfin.identity import Invitation, secret_hash
+from fedfin.server.roster import Checkpoint, FederationStore, Member
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "federation.db"
+
+
+@pytest.fixture
+def store(path):
+    return FederationStore.create(path)
+
+
+def invitation_for(name):
+    return Invitation.create(name, "fed.example:9092", "0" * 64)
+
+
+def member_named(name, key=None):
+    return Member(name, key or f"node key of {name}", "certificate", "identity", "witness", "signature")
+
+
+def invited(store, name):
+    invitation = invitation_for(name)
+    store.invite(invitation)
+    return invitation.secret_hash()
+
+
+def move_expiry(path, hours):
+    """Let the stored invitations expire by so many hours from now."""
+    expires = dt.datetime.now(dt.UTC) + dt.timedelta(hours=hours)
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE invitations SET expires_at = ?", (expires.isoformat(),))
+    db.close()
+
+
+# Invitations
+
+
+def test_an_invited_lender_is_enrolled_and_its_invitation_used_up(store):
+    hashed = invited(store, "north")
+    store.check_invitation("north", hashed)
+    store.enrol(member_named("north"), hashed)
+    assert store.members() == (member_named("north"),)
+    assert store.pending_invitations() == ()
+
+
+def test_an_invitation_holds_for_24_hours(store, path):
+    before = dt.datetime.now(dt.UTC)
+    hashed = invited(store, "north")
+    ((name, expires),) = store.pending_invitations()
+    assert name == "north"
+    lasts = dt.datetime.fromisoformat(expires) - before
+    assert dt.timedelta(hours=24) <= lasts < dt.timedelta(hours=24, minutes=1)
+    move_expiry(path, hours=0.01)
+    store.check_invitation("north", hashed)
+    move_expiry(path, hours=-0.01)
+    assert store.pending_invitations() == ()
+    for use in (
+        lambda: store.check_invitation("north", hashed),
+        lambda: store.enrol(member_named("north"), hashed),
+    ):
+        with pytest.raises(
+            EnrolmentError, match=r"expired at .*, 24 hours after .*`fedfin server invite north`"
+        ):
+            use()
+    assert store.members() == ()
+
+
+def test_checking_an_invitation_does_not_use_it(store):
+    hashed = invited(store, "north")
+    for _ in range(3):
+        store.check_invitation("north", hashed)
+    store.enrol(member_named("north"), hashed)
+
+
+def test_an_invitation_works_once(store):
+    hashed = invited(store, "north")
+    store.enrol(member_named("north"), hashed)
+    for use in (
+        lambda: store.check_invitation("north", hashed),
+        lambda: store.enrol(member_named("north", key="another node key"), hashed),
+    ):
+        with pytest.raises(EnrolmentError, match=r"the token of north was used at .*; a token works once"):
+            use()
+    assert store.members() == (member_named("north"),)
+
+
+def test_an_invitation_is_for_one_name(store):
+    invitation = invitation_for("north")
+    store.invite(invitation)
+    with pytest.raises(EnrolmentError, match="this federation gave no such token to south"):
+        store.enrol(member_named("south"), secret_hash("south", invitation.secret))
+    store.enrol(member_named("north"), invitation.secret_hash())
+
+
+def test_a_newer_invitation_replaces_the_one_before(store):
+    old, new = invited(store, "north"), invited(store, "north")
+    with pytest.raises(EnrolmentError, match=r"replaced or altered; ask .*`fedfin server invite north`"):
+        store.enrol(member_named("north"), old)
+    assert [name for name, _ in store.pending_invitations()] == ["north"]
+    store.enrol(member_named("north"), new)
+
+
+def test_a_newer_invitation_mends_an_expired_one(store, path):
+    invited(store, "north")
+    move_expiry(path, hours=-1)
+    store.enrol(member_named("north"), invited(store, "north"))
+
+
+def test_an_enrolled_name_is_not_invited_again(store):
+    store.enrol(member_named("north"), invited(store, "north"))
+    with pytest.raises(EnrolmentError, match="north is enrolled already; invite it under another name"):
+        store.invite(invitation_for("north"))
+    store.enrol(member_named("north-2"), invited(store, "north-2"))
+
+
+def test_a_node_key_is_enrolled_once_and_the_second_ones_token_stays_usable(store):
+    store.enrol(member_named("north"), invited(store, "north"))
+    hashed = invited(store, "south")
+    with pytest.raises(EnrolmentError, match="south or its node key is enrolled already"):
+        store.enrol(member_named("south", key="node key of north"), hashed)
+    store.enrol(member_named("south"), hashed)
+
+
+def test_an_unknown_secret_is_refused(store):
+    with pytest.raises(EnrolmentError, match="this federation gave no such token to north"):
+        store.check_invitation("north", "0" * 64)
+
+
+def test_of_many_threads_with_one_token_exactly_one_is_enrolled(store):
+    hashed = invited(store, "north")
+    together, outcomes = threading.Barrier(8), []
+
+    def enrol(number):
+        together.wait()
+        try:
+            store.enrol(member_named("north", key=f"key {number}"), hashed)
+            outcomes.append("enrolled")
+        except EnrolmentError as error:
+            outcomes.append(str(error).partition(" at ")[0])
+
+    threads = [threading.Thread(target=enrol, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["enrolled", *["the token of north was used"] * 7]
+    assert len(store.members()) == 1
+
+
+def _enrol_in_a_process(path, hashed, number, together, outcomes):
+    together.wait()
+    try:
+        FederationStore(path).enrol(member_named("north", key=f"key {number}"), hashed)
+        outcomes.put("enrolled")
+    except EnrolmentError as error:
+        outcomes.put(str(error).partition(" at ")[0])
+
+
+def test_of_two_processes_with_one_token_exactly_one_is_enrolled(store, path):
+    hashed = invited(store, "north")
+    context = multiprocessing.get_context("forkserver")
+    together, outcomes = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=_enrol_in_a_process, args=(path, hashed, number, together, outcomes))
+        for number in range(2)
+    ]
+    for process in processes:
+        process.start()
+    told = sorted(outcomes.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    outcomes.close()
+    assert told == ["enrolled", "the token of north was used"]
+
+
+def test_no_secret_is_in_the_file(store, path):
+    invitations = [invitation_for(name) for name in ("north", "south")]
+    for invitation in invitations:
+        store.invite(invitation)
+    store.enrol(member_named("north"), invitations[0].secret_hash())
+    kept = b"".join(file.read_bytes() for file in path.parent.iterdir())
+    for invitation in invitations:
+        assert invitation.secret_hash().encode() in kept
+        for form in (
+            invitation.secret.encode(),
+            bytes.fromhex(invitation.secret),
+            invitation.to_token().encode(),
+        ):
+            assert form not in kept
+
+
+# Members, jobs, checkpoints, answers
+
+
+def test_the_roster_is_by_name_and_survives_reopening(store, path):
+    for name in ("south", "east", "north"):
+        store.enrol(member_named(name), invited(store, name))
+    expected = tuple(member_named(name) for name in ("east", "north", "south"))
+    assert FederationStore(path).members() == expected
+
+
+def test_jobs_survive_reopening_oldest_first(store, path):
+    store.start_job("b-1", '{"plan": 1}', "digest 1")
+    store.start_job("a-2", '{"plan": 2}', "digest 2")
+    store.end_job("b-1", "completed")
+    jobs = FederationStore(path).jobs()
+    assert [(job.job_id, job.plan, job.digest, job.status) for job in jobs] == [
+        ("b-1", '{"plan": 1}', "digest 1", "completed"),
+        ("a-2", '{"plan": 2}', "digest 2", "running"),
+    ]
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+
+
+@settings(max_examples=8)
+@given(
+    st.lists(finite, max_size=8), st.integers(0, 10_000), st.text(st.characters(exclude_categories=["Cs"]))
+)
+def test_a_checkpoint_survives_to_the_last_bit(tmp_path_factory, values, number, bins):
+    path = tmp_path_factory.mktemp("store") / "federation.db"
+    store = FederationStore.create(path)
+    store.start_job("job", "{}", "digest")
+    weights = np.array(values, dtype=np.float32)
+    store.save_checkpoint("job", Checkpoint(number, bins, "fingerprint", weights))
+    kept = FederationStore(path).checkpoint("job")
+    assert (kept.round, kept.bins, kept.fingerprint) == (number, bins, "fingerprint")
+    assert_array_equal(kept.weights.view(np.uint32), weights.view(np.uint32), strict=True)
+
+
+def test_the_newest_checkpoint_of_each_job_is_kept(store):
+    for job in ("a", "b"):
+        store.start_job(job, "{}", job)
+        assert store.checkpoint(job) is None
+    for number in (0, 1, 2):
+        store.save_checkpoint("a", Checkpoint(number, "[]", "f", np.full(3, number, dtype=np.float32)))
+    assert store.checkpoint("a").round == 2
+    assert_array_equal(store.checkpoint("a").weights, [2, 2, 2])
+    assert store.checkpoint("b") is None
+
+
+def test_a_checkpoint_does_not_show_its_weights():
+    shown = repr(Checkpoint(1, "[]", "f", np.full(3, 0.125, dtype=np.float32)))
+    assert "0.125" not in shown
+
+
+def test_answers_are_weights_or_refusals_and_the_last_one_counts(store, path):
+    store.start_job("job", "{}", "digest")
+    store.save_answer("job", "north", weight=100.0, reason=None)
+    store.save_answer("job", "south", weight=None, reason="its policy")
+    store.save_answer("job", "east", weight=None, reason="its policy")
+    store.save_answer("job", "east", weight=50.0, reason=None)
+    assert FederationStore(path).weights("job") == {"north": 100.0, "east": 50.0}
+    assert store.weights("another") == {}
+
+
+def test_a_lender_that_took_part_is_told_of_the_end_until_it_confirms(store, path):
+    store.start_job("job", "{}", "digest")
+    for name in ("south", "north"):
+        store.save_answer("job", name, weight=1.0, reason=None)
+    store.save_answer("job", "east", weight=None, reason="its policy")
+    assert store.undelivered("job") == ("north", "south")
+    store.mark_delivered("job", "north")
+    assert FederationStore(path).undelivered("job") == ("south",)
+
+
+def test_a_lender_that_stops_in_the_middle_has_no_weight_but_is_told_of_the_end(store):
+    """It reserved budget for the job, which only the job's end gives back."""
+    store.start_job("job", "{}", "digest")
+    store.save_answer("job", "north", weight=100.0, reason=None)
+    store.save_answer("job", "north", weight=None, reason="its ledger cannot record")
+    assert store.weights("job") == {}
+    assert store.undelivered("job") == ("north",)
+    store.save_answer("job", "north", weight=100.0, reason=None)
+    assert store.weights("job") == {"north": 100.0}
+
+
+# The file
+
+
+def test_the_file_is_readable_by_its_owner_only(store, path):
+    invited(store, "north")
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o600}
+
+
+def test_a_federation_is_never_overwritten(store, path):
+    store.enrol(member_named("north"), invited(store, "north"))
+    with pytest.raises(ConfigError, match=r"federation\.db exists already; .*use another folder"):
+        FederationStore.create(path)
+    assert len(store.members()) == 1
+
+
+def test_a_file_that_is_missing_damaged_or_of_another_release_is_refused(store, path):
+    with pytest.raises(ConfigError, match=r"gone\.db does not exist; it is made by `fedfin server init`"):
+        FederationStore(path.with_name("gone.db")).members()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(
+        ConfigError, match=r"of version 99, this release reads \d+; run the release that made it"
+    ):
+        store.members()
+    other = path.with_name("other.db")
+    other.write_bytes(b"this is no database" * 100)
+    with pytest.raises(LinkError, match=r"other\.db cannot be opened .*restore it from its backup"):
+        FederationStore(other).members()
+
+
+def test_a_job_with_an_id_that_exists_is_refused_and_nothing_is_half_written(store):
+    store.start_job("job", "{}", "one")
+    with pytest.raises(LinkError, match=r"federation\.db cannot be written .*UNIQUE"):
+        store.start_job("job", "{}", "two")
+    assert [job.digest for job in store.jobs()] == ["one"]
+
+
+def test_a_transaction_that_fails_leaves_nothing(store):
+    hashed = invited(store, "north")
+    broken = dataclasses.replace(member_named("north"), certificate=None)
+    with pytest.raises(EnrolmentError):
+        store.enrol(broken, hashed)
+    assert store.members() == ()
+    store.enrol(member_named("north"), hashed)

@@ -1,0 +1,50 @@
+"""Flower's envelope around a message: one bytes value, and nothing else is taken for one."""
+
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedfin.errors import LinkError
+from fedfin.update import AskHistogram, Finish, Message, Propose, Train
+from fedfin.wire import MESSAGE_TYPES, from_record, to_record
+
+NOT_OURS = "Flower delivered a message that is not fedfin's; both sides must run fedfin"
+
+
+@given(st.binary(max_size=100))
+def test_a_messages_bytes_come_out_of_the_envelope_as_they_went_in(data):
+    assert from_record(to_record(data)) == data
+
+
+def test_the_envelope_is_one_bytes_value_in_one_config_record():
+    record = to_record(b"message")
+    assert list(record) == ["fedfin"]
+    assert dict(record.config_records["fedfin"]) == {"message": b"message"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        RecordDict(),
+        RecordDict({"other": ConfigRecord({"message": b"m"})}),
+        RecordDict({"fedfin": ConfigRecord({"other": b"m"})}),
+        RecordDict({"fedfin": ConfigRecord({"message": "text"})}),
+        RecordDict({"fedfin": ConfigRecord({"message": [b"m"]})}),
+        RecordDict({"fedfin": ConfigRecord({"message": b"m", "more": b"m"})}),
+        RecordDict({"fedfin": MetricRecord({"message": 1})}),
+        RecordDict({"fedfin": ArrayRecord()}),
+        RecordDict({"fedfin": ConfigRecord({"message": b"m"}), "more": MetricRecord({"loss": 1.0})}),
+    ],
+    ids=["empty", "name", "key", "text", "list", "more-values", "metrics", "arrays", "more-records"],
+)
+def test_any_other_record_is_refused(record):
+    with pytest.raises(LinkError, match=NOT_OURS):
+        from_record(record)
+
+
+def test_every_request_and_no_answer_has_a_message_type_of_flower():
+    assert set(MESSAGE_TYPES) == {Propose, AskHistogram, Train, Finish}
+    assert len(set(MESSAGE_TYPES.values())) == 4
+    assert {text.partition(".")[0] for text in MESSAGE_TYPES.values()} == {"query", "train"}
+    assert all(issubclass(kind, Message) for kind in MESSAGE_TYPES)
