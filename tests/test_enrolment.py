@@ -122,8 +122,8 @@ def assert_tells_no_secret(text, body=b""):
         secret = json.loads(body)["secret"]
     except (ValueError, KeyError, TypeError):
         return
-    if isinstance(secret, str) and len(secret) > 8:
-        assert secret not in text
+    if isinstance(secret, str) and len(secret) > 12:
+        assert secret[:12] not in text  # pydantic would print the beginning
 
 
 # A whole request
