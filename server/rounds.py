@@ -41,7 +41,7 @@ __all__ = ["Answers", "Exchange", "Say", "choose_job", "run_job"]
 
 _WAIT_S: Final = 0.2
 _PROPOSE_S: Final = 120.0  # a lender reads its table and calibrates its noise before it answers
-_SILENT_S: Final = 5.0  # a waiting coordinator says for whom, and proposes again to who failed, this often
+_SILENT_S: Final = 30.0  # a waiting coordinator says for whom, and proposes again to who failed, this often
 
 Say = Callable[[Mapping[str, Any]], None]
 """Reports an event to people: a mapping with `event` and what belongs to it; no metric of one lender."""
@@ -202,7 +202,8 @@ class _Runner:
                     f" {len(members)} lenders can take part. Refused: {reasons}. Mend the plan, then start again"
                 )
                 raise QuorumError(msg)
-            wanted = cohort.wait_for or max(len(members - set(self._refused)), cohort.min_lenders)
+            # A refusal is an answer: nobody waits for a lender that has said no.
+            wanted = max((cohort.wait_for or len(members)) - len(self._refused), cohort.min_lenders)
             resumed = self._store.checkpoint(self._job_id) is not None
             late = time.monotonic() - started > cohort.start_timeout_s
             if len(here) >= wanted or (len(here) >= cohort.min_lenders and (late or resumed)):

@@ -237,6 +237,8 @@ class _Houses:
             self._listening.set()
         if "run" in event:
             self.run_path = Path(event["run"])
+        if event["event"] == "refused":
+            self._failure.append(LinkError(f"{event['lender']} refused the job: {event['reason']}"))
         self._say(event)
 
     def _enrol(self, lender: LenderRows, raw: pd.DataFrame) -> None:

@@ -242,6 +242,7 @@ def test_a_lender_without_budget_is_left_out_and_the_federation_goes_on_without_
         built.start_server()
         for name, rows in zip(NAMES, shares(3), strict=True):
             built.enrol(name, rows, epsilon_limit=0.5 if name == "lane-micro" else 3.0)
+        for name in NAMES:
             built.start_lender(name)
         assert built.wait_for_end("server") == 0, built.tail("server")
         assert "budget" in built.output("server")
@@ -257,6 +258,7 @@ def test_a_job_without_privacy_runs_only_where_both_sides_say_so(tmp_path):
         built.start_server()
         for name, rows in zip(NAMES, shares(3), strict=True):
             built.enrol(name, rows, allow_no_privacy=name != "lane-micro")
+        for name in NAMES:
             built.start_lender(name)
         assert built.wait_for_end("server") == 0, built.tail("server")
         assert all(line["cohort"] == ["harbour-micro", "north-bank"] for line in built.events("round_done"))
@@ -363,8 +365,8 @@ def test_two_processes_of_one_lender_are_not_started(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_at_a_lender_ends_no_other_lenders_round(tmp_path):
-    """The ledger of one lender lies on a full device: it refuses, nothing leaves it, the others go on."""
-    with federation(tmp_path) as built:
+    """One lender cannot write a byte more: it says so, nothing leaves it, the others go on."""
+    with federation(tmp_path, cohort={"start_timeout_s": 30.0}) as built:
         started(built, NAMES[:2])
         built.enrol("lane-micro", shares(3)[2])
         limited = [
