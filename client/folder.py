@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fedfin.privacy.ledger import Ledger
-
 from fedfin.audit.journal import Journal
 from fedfin.config import LenderConfig, load_config
 from fedfin.credit.schema import Schema
-from fedfin.errors import ConfigError
+from fedfin.errors import ConfigError, LedgerError
 from fedfin.identity import LenderKeys, load_lender_keys, write_private, write_public
+from fedfin.privacy.ledger import Ledger
 
 __all__ = ["JobFolder", "LenderFolder"]
 
@@ -57,6 +56,12 @@ class LenderFolder:
         """Return the lender's secret salt (32 bytes), made at first use: it blinds digests of loans."""
         path = self.directory / "keys" / "salt.key"
         if not path.exists():
+            if (self.directory / "ledger.db").exists():
+                msg = (
+                    f"{path} is gone, and with it the ledger cannot tell whose budget is spent: restore the file from"
+                    " its backup. Nothing leaves without it"
+                )
+                raise LedgerError(msg)
             path.parent.mkdir(mode=0o700, exist_ok=True)
             write_private(path, os.urandom(_SALT_BYTES))
         salt = path.read_bytes()

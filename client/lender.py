@@ -306,10 +306,10 @@ class Lender:
             raise PolicyRefusalError(msg)
         if same_loans and accepted["snapshot"] != self._loans.snapshot:
             msg = (
-                f"the loans changed since job {job_id} was accepted; its budget was reserved for the earlier snapshot:"
-                " restore the table, or wait for the next job"
+                f"the loans changed since job {job_id} was accepted, and its budget is reserved for the earlier ones;"
+                " restore the table and restart, or wait for the next job"
             )
-            raise DataError(msg)
+            raise PolicyRefusalError(msg)
         return job, JobPlan.model_validate_json(accepted["plan"])
 
     def _model_of(self, question: Train | Finish, plan: JobPlan) -> tuple[Bins, Architecture]:

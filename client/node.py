@@ -106,6 +106,7 @@ class Node:
         self._say = say
         self._idle = idle
         self._stop = threading.Event()
+        self._unknown_since: float | None = None
 
     def stop(self) -> None:
         """Make `run` return soon."""
@@ -124,7 +125,7 @@ class Node:
                 with self._client() as client:
                     node_id = self._activate(client)
                     self._say(f"connected to {self._address}")
-                    attempt = 0
+                    attempt, self._unknown_since = 0, None
                     self._serve(client, FlowerNode(node_id=node_id))
             except _LOST as error:
                 self._refuse_hopeless(error)
@@ -230,23 +231,31 @@ class Node:
             )
 
     def _refuse_hopeless(self, error: Exception) -> None:
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        text = str(error)
+        if "CERTIFICATE_VERIFY_FAILED" in text:
+            if "Hostname mismatch" in text or "IP address mismatch" in text:
+                why = f"is for another host name than {self._address}: use the one of federation.yaml"
+            elif "expired" in text:
+                why = "has expired: its operator must renew it"
+            else:
+                why = (
+                    "was not signed by this federation's authority (ca.pem): it is another federation, or somebody is"
+                    " in between; check coordinator in bank.yaml before going on"
+                )
+            msg = f"the certificate of the server at {self._address} {why}"
+            raise LinkError(msg) from error
+        if not isinstance(error, httpx.HTTPStatusError) or error.response.status_code not in {401, 404, 412}:
+            return
+        check_clock(error.response.headers.get("date"))
+        # A SuperLink takes a moment to notice that a killed node is gone: only a lasting refusal is hopeless.
+        self._unknown_since = self._unknown_since or time.monotonic()
+        if time.monotonic() - self._unknown_since > 2.5 * _HEARTBEAT_S:
             msg = (
-                f"the server at {self._address} shows a certificate that this federation's authority (ca.pem) did not"
-                " sign: it is another federation or somebody in between; check coordinator in bank.yaml before going on"
+                f"the coordinator at {self._address} does not accept this lender's node key (status"
+                f" {error.response.status_code}): it is not enrolled there, or another process runs with the same keys;"
+                " join with a new token, or stop the other process"
             )
             raise LinkError(msg) from error
-        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in {401, 404, 412}:
-            check_clock(error.response.headers.get("date"))
-            if error.response.status_code == 412:
-                msg = (
-                    f"the coordinator at {self._address} does not know this lender's node key, or another process runs"
-                    " with the same keys; join with a new token, or stop the other process"
-                )
-                # A SuperLink takes a moment to notice that a killed node is gone: only a lasting 412 is hopeless.
-                self._unknown_since = getattr(self, "_unknown_since", time.monotonic())
-                if time.monotonic() - self._unknown_since > 2.5 * _HEARTBEAT_S:
-                    raise LinkError(msg) from error
 
 
 class _Heartbeat:

@@ -17,6 +17,7 @@ from torch import nn
 from fedfin.credit.models import Architecture, build, flatten, initial_weights, load_weights
 from fedfin.errors import TrainingError
 from fedfin.privacy.gradients import PerLoanGradients, private_gradient
+from fedfin.strategies.strategy import public_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +77,9 @@ def train_locally(
         raise TrainingError(msg)
     module = build(architecture)
     load_weights(module, weights)
-    gradient = _gradient_of(module, training.sample_rate * len(loans), privacy, noise)
+    # The accounting does not cover the exact number of loans: the private sum is divided by its bucket.
+    size = len(loans) if privacy is None else public_size(len(loans), training)
+    gradient = _gradient_of(module, training.sample_rate * size, privacy, noise)
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
     )

@@ -21,10 +21,22 @@ from fedfin.credit.schema import Column, NumericColumn, Schema
 from fedfin.errors import DataError, SchemaMismatchError
 from fedfin.plan import Section
 
-__all__ = ["PSI_NOTE", "PSI_WARNING", "ColumnShares", "Reference", "chance_psi", "num_cells", "psi"]
+__all__ = [
+    "MIN_REFERENCE",
+    "PSI_NOTE",
+    "PSI_WARNING",
+    "ColumnShares",
+    "Reference",
+    "chance_psi",
+    "num_cells",
+    "psi",
+]
 
 PSI_NOTE = 0.1
 PSI_WARNING = 0.25
+
+MIN_REFERENCE = 300.0
+"""A reference that tells less than this many loans would, for its noise, is not compared with at all."""
 
 _NUM_BINS = 10
 _HALF_LOAN = 0.5  # added to every bin, so that an empty one has a logarithm
@@ -45,15 +57,20 @@ class Reference(Section):
     """The federation's loans as each lender may know them: shares per cell, over all lenders."""
 
     schema_fingerprint: str = Field(description="Fingerprint of the schema whose cells these are.")
+    num_loans: float = Field(gt=0, description="Loans that the reference counts, noise included.")
+    noise_stddev: float = Field(
+        default=0.0, ge=0, description="Standard deviation of the noise in a cell, in loans."
+    )
     columns: tuple[ColumnShares, ...] = Field(description="The schema's features, in order.")
 
     @classmethod
-    def from_histogram(cls, counts: ArrayLike, schema: Schema) -> Self:
+    def from_histogram(cls, counts: ArrayLike, schema: Schema, *, noise_stddev: float = 0.0) -> Self:
         """Turn the summed histogram of the lenders into the reference.
 
         Args:
             counts: Shape (binning.histogram_size(schema),); a negative one, from noise, counts as none.
             schema: The federation's schema.
+            noise_stddev: Of the noise in each cell of the sum, in loans.
 
         Raises:
             SchemaMismatchError: `counts` has another shape, or is not finite.
@@ -74,7 +91,12 @@ class Reference(Section):
                 msg = f"the histogram of {column.name} counts no loans; take the reference of another job"
                 raise DataError(msg)
             columns.append(ColumnShares(name=column.name, shares=tuple((loans / loans.sum()).tolist())))
-        return cls(schema_fingerprint=schema.fingerprint(), columns=tuple(columns))
+        return cls(
+            schema_fingerprint=schema.fingerprint(),
+            num_loans=float(np.abs(values.sum()) / len(sizes)) or 1.0,
+            noise_stddev=noise_stddev,
+            columns=tuple(columns),
+        )
 
     @classmethod
     def from_json(cls, text: str, schema: Schema) -> Self:
@@ -96,6 +118,18 @@ class Reference(Section):
     def to_json(self) -> str:
         """Return the JSON that `from_json` reads."""
         return self.model_dump_json()
+
+    def sample_size(self, column: Column) -> float:
+        """Return how many loans without noise would tell as much about a bin of the column as this reference.
+
+        The noise of the m cells of a bin with a tenth of the loans N has the variance m * s**2; a sample of n has
+        p / n in shares: n = p * N**2 / (m * s**2).
+        """
+        if self.noise_stddev == 0:
+            return self.num_loans
+        cells = num_cells(column) / _NUM_BINS if isinstance(column, NumericColumn) else 1.0
+        of_noise = self.num_loans**2 / (_NUM_BINS * max(cells, 1.0) * self.noise_stddev**2)
+        return 1 / (1 / of_noise + 1 / self.num_loans)
 
     def of(self, name: str) -> NDArray[np.float64]:
         """Return the shares of one feature column, shape (cells,), summing to 1."""
@@ -134,15 +168,20 @@ def psi(counts: NDArray[np.int64], shares: NDArray[np.float64], column: Column) 
     return float(np.sum((mine - theirs) * np.log(mine / theirs))), int(used.sum())
 
 
-def chance_psi(num_loans: int, num_bins: int) -> float:
+def chance_psi(num_loans: float, num_bins: int, reference_loans: float = math.inf) -> float:
     """Return the PSI that a lender without drift exceeds once in a hundred times.
 
     Args:
-        num_loans: The lender's loans, >= 1; the reference is taken for much larger.
+        num_loans: The lender's loans, >= 1.
         num_bins: Bins of the PSI.
+        reference_loans: Loans of the reference, as `Reference.sample_size`.
 
     Source: 0.99 quantile of chi-squared over n, by Wilson & Hilferty's cube (1931).
     """
     freedom = max(num_bins - 1, 1)
     spread = 2 / (9 * freedom)
-    return freedom * (1 - spread + _CHANCE_QUANTILE * math.sqrt(spread)) ** 3 / num_loans
+    return (
+        freedom
+        * (1 - spread + _CHANCE_QUANTILE * math.sqrt(spread)) ** 3
+        * (1 / num_loans + 1 / reference_loans)
+    )

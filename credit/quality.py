@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedfin.config import DataSource
 from fedfin.credit.binning import histogram
 from fedfin.credit.cells import ParsedColumn, ParsedTable, Rule, parse_table
-from fedfin.credit.drift import PSI_NOTE, PSI_WARNING, Reference, chance_psi, num_cells, psi
+from fedfin.credit.drift import MIN_REFERENCE, PSI_NOTE, PSI_WARNING, Reference, chance_psi, num_cells, psi
 from fedfin.credit.leakage import LEAK_AUC, MIN_CLASS_SIZE, single_column_auc
 from fedfin.credit.schema import NumericColumn, Schema
 from fedfin.credit.source import load_table, refuse_unknown_names
@@ -318,9 +318,10 @@ def _drifts(
     present = {column.column.name for column in parsed.columns}
     drifts: dict[str, tuple[float, float]] = {}
     for column, counts in zip(schema.features, parts, strict=True):
-        if column.name in present:
+        known = reference.sample_size(column)
+        if column.name in present and (reference.noise_stddev == 0 or known >= MIN_REFERENCE):
             index, num_bins = psi(counts, reference.of(column.name), column)
-            drifts[column.name] = (index, chance_psi(len(frame), num_bins))
+            drifts[column.name] = (index, chance_psi(len(frame), num_bins, known))
     return drifts
 
 

@@ -251,7 +251,8 @@ class _View:
             case "waiting":
                 self._line(
                     f"waiting: {len(event['online'])} of {event['wanted']} lenders online"
-                    + (f"; away: {', '.join(event['for'])}" if event["for"] else "; none is enrolled yet")
+                    + (f"; away: {', '.join(event['for'])}" if event["for"] else "")
+                    + (f"; invited: {', '.join(event['invited'])}" if event.get("invited") else "")
                 )
             case "accepted":
                 self._line(f"{event['lender']} takes part")

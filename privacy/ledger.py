@@ -87,7 +87,7 @@ class Ledger:
         """
         _check_names(job_id=job_id, snapshot=snapshot)
         if not epsilon_limit > 0.0:
-            msg = f"privacy.epsilon_limit is {epsilon_limit}; it must be above 0"
+            msg = f"policy.epsilon_limit is {epsilon_limit}; it must be above 0"
             raise PrivacyParameterError(msg)
         asked = _some(events)
         asked_epsilon = epsilon_rdp(asked, delta)
@@ -106,7 +106,7 @@ class Ledger:
                     f"job {job_id} asks ε={asked_epsilon:.4g} of data snapshot {snapshot[:12]}, which has"
                     f" ε={epsilon_rdp(held, delta):.4g} spent or reserved; the total ε={total:.4g} (RDP,"
                     f" δ={delta:g}) passes the limit of {epsilon_limit:g}; ask the data officer to raise"
-                    " privacy.epsilon_limit, or leave this job out"
+                    " policy.epsilon_limit in bank.yaml, or leave this job out"
                 )
                 raise BudgetSpentError(msg)
             if not job:

@@ -32,9 +32,10 @@ from fedfin.credit.export import ReleasedModel, save_model
 from fedfin.credit.schema import Schema
 from fedfin.errors import FedfinError, LinkError
 from fedfin.server.founding import Federation, open_federation
+from fedfin.server.jobs import choose_job
 from fedfin.server.registry import RunDirectory
 from fedfin.server.roster import Checkpoint, FederationStore
-from fedfin.server.rounds import Answers, choose_job, run_job
+from fedfin.server.rounds import Answers, run_job
 from fedfin.update import Message, Refused, decode, encode
 from fedfin.wire import MESSAGE_TYPES, from_record, to_record
 

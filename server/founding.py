@@ -1,10 +1,13 @@
 """`fedfin server init`: a federation's folder, with its authority, keys, schema and configuration."""
 
+import datetime as dt
 from pathlib import Path
 from typing import Any, Final
 
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import ValidationError
 
 from fedfin.config import FederationConfig, annotated, load_config
 from fedfin.errors import ConfigError
@@ -16,6 +19,7 @@ from fedfin.identity import (
     write_private,
     write_public,
 )
+from fedfin.plan import JobPlan
 from fedfin.server.roster import FederationStore
 
 __all__ = ["Federation", "found", "open_federation"]
@@ -65,6 +69,10 @@ def open_federation(config_path: Path) -> Federation:
         if not path.exists():
             msg = f"{path} is missing; it is made by `fedfin server init`: restore the folder from its backup"
             raise ConfigError(msg)
+    certificate = x509.load_pem_x509_certificate(federation.server_certificate_path.read_bytes())
+    if certificate.not_valid_after_utc < dt.datetime.now(dt.UTC):
+        msg = f"{federation.server_certificate_path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; renew it"
+        raise ConfigError(msg)
     return federation
 
 
@@ -86,6 +94,13 @@ def found(directory: Path, *, name: str, address: str, schema_text: str, job: di
             f"{directory} is not empty; `fedfin server init` never overwrites a federation: give a new folder"
         )
         raise ConfigError(msg)
+    try:
+        FederationConfig(federation=name, address=address, job=JobPlan.model_validate(job))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        msg = f"{where} is {first['input']!r}: {first['msg'].lower()}; give --name like coop, --address like host:9443"
+        raise ConfigError(msg) from None
     host = address.rpartition(":")[0].strip("[]")
     loopback = host in {*_LOCAL, "::1"}
     text = annotated(

@@ -137,7 +137,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener.close()
         msg = (
             f"{host}:{port} cannot be listened on ({error.strerror}); stop the program that holds the port (another"
-            " `fedfin server`?), or change address in federation.yaml and invite the lenders to the new one"
+            " `fedfin server`?), or change address in federation.yaml, and coordinator in each lender's bank.yaml"
         )
         raise LinkError(msg) from error
     return listener

@@ -5,22 +5,22 @@ from its last checkpoint whatever was killed; lenders answer a repeated question
 before, so no round is charged twice.
 """
 
-import json
-import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfin.credit.binning import bins_from_histogram, histogram_size
+from fedfin.credit.binning import bins_from_histogram, histogram_sensitivity, histogram_size
 from fedfin.credit.drift import Reference
 from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint
 from fedfin.credit.schema import Schema
-from fedfin.errors import ConfigError, FedfinError, QuorumError
+from fedfin.errors import DataError, FedfinError, QuorumError
 from fedfin.plan import JobPlan
+from fedfin.privacy.accounting import calibrate
+from fedfin.server.jobs import SILENT_S, Say, Waiting
 from fedfin.server.roster import Checkpoint, FederationStore, Job
 from fedfin.strategies.fedavg import fedavg
 from fedfin.strategies.strategy import CohortSum, ModelState, lender_weight
@@ -37,14 +37,10 @@ from fedfin.update import (
     Update,
 )
 
-__all__ = ["Answers", "Exchange", "Say", "choose_job", "run_job"]
+__all__ = ["Answers", "Exchange", "run_job"]
 
 _WAIT_S: Final = 0.2
 _PROPOSE_S: Final = 120.0  # a lender reads its table and calibrates its noise before it answers
-_SILENT_S: Final = 30.0  # a waiting coordinator says for whom, and proposes again to who failed, this often
-
-Say = Callable[[Mapping[str, Any]], None]
-"""Reports an event to people: a mapping with `event` and what belongs to it; no metric of one lender."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,44 +68,6 @@ class Exchange(Protocol):
     ) -> Answers:
         """Send a request to each lender named; return when all have answered, or at the deadline."""
         ...
-
-
-def choose_job(store: FederationStore, plan: JobPlan, *, new_job: bool, say: Say) -> Job:
-    """Return the job to run: the unfinished one of this plan, or a new one.
-
-    Raises:
-        ConfigError: An unfinished job has another plan, or this plan was trained already; both need
-            `--new-job`, since a repeated job spends the lenders' budgets again.
-    """
-    jobs = store.jobs()
-    running = next((job for job in jobs if job.status == "running"), None)
-    if running is not None and not new_job:
-        if running.digest != plan.digest():
-            msg = (
-                f"job {running.job_id} is unfinished and federation.yaml now states another plan; restore the plan to"
-                " go on with it, or run `fedfin server --new-job` to abandon it and start this one"
-            )
-            raise ConfigError(msg)
-        say({"event": "resumed", "job": running.job_id})
-        return running
-    if running is not None:
-        store.end_job(running.job_id, "abandoned")
-        say({"event": "abandoned", "job": running.job_id})
-    done = next(
-        (job for job in reversed(jobs) if job.status == "completed" and job.digest == plan.digest()), None
-    )
-    if done is not None and not new_job:
-        if store.undelivered(done.job_id):
-            return done
-        msg = (
-            f"this plan was trained already, as job {done.job_id}; its model is in runs/{done.job_id}/model. To train"
-            " it again, which spends the lenders' budgets again, run `fedfin server --new-job`"
-        )
-        raise ConfigError(msg)
-    job_id = f"{plan.name}-{secrets.token_hex(4)}"
-    store.start_job(job_id, plan.model_dump_json(), plan.digest())
-    say({"event": "started", "job": job_id})
-    return next(job for job in store.jobs() if job.job_id == job_id)
 
 
 def run_job(
@@ -189,7 +147,7 @@ class _Runner:
         """Propose the job until enough lenders take part: all that are waited for, or the quorum after a while."""
         cohort = self._plan.cohort
         started = time.monotonic()
-        waiting = _Waiting(self._say)
+        waiting = Waiting(self._say)
         while True:
             members = {member.name for member in self._store.members()}
             self._propose(members)
@@ -202,14 +160,16 @@ class _Runner:
                     f" {len(members)} lenders can take part. Refused: {reasons}. Mend the plan, then start again"
                 )
                 raise QuorumError(msg)
-            # A refusal is an answer: nobody waits for a lender that has said no.
-            wanted = max((cohort.wait_for or len(members)) - len(self._refused), cohort.min_lenders)
+            # A refusal is an answer: nobody waits for a lender that has said no. Who is invited is waited for.
+            invited = [] if cohort.wait_for else [name for name, _ in self._store.pending_invitations()]
+            wanted = (cohort.wait_for or len(members) + len(invited)) - len(self._refused)
+            wanted = max(wanted, cohort.min_lenders)
             resumed = self._store.checkpoint(self._job_id) is not None
             late = time.monotonic() - started > cohort.start_timeout_s
             if len(here) >= wanted or (len(here) >= cohort.min_lenders and (late or resumed)):
                 self._say({"event": "cohort", "lenders": sorted(here), "refused": self._refused})
                 return
-            waiting.report(here, members - here - set(self._refused), wanted)
+            waiting.report(here, members - here - set(self._refused), wanted, invited)
             time.sleep(_WAIT_S)
 
     def make_bins(self) -> Checkpoint:
@@ -233,6 +193,16 @@ class _Runner:
                 break
             time.sleep(_WAIT_S)
         total = np.sum(counts, axis=0)
+        noise = 0.0
+        if self._plan.privacy.mode != "none":
+            calibrated = calibrate(
+                self._plan.privacy,
+                sample_rate=self._plan.training.sample_rate,
+                num_steps=self._plan.num_steps,
+            )
+            noise = (
+                calibrated.bins_noise_multiplier * histogram_sensitivity(self._schema) * len(counts) ** 0.5
+            )
         bins = bins_from_histogram(total, self._schema, self._plan.model.max_bins)
         arch = architecture_of(self._plan.model, self._schema, bins)
         checkpoint = Checkpoint(
@@ -240,7 +210,7 @@ class _Runner:
             bins=bins.to_json(),
             fingerprint=model_fingerprint(self._schema.fingerprint(), bins.fingerprint(), arch),
             weights=initial_weights(arch, self._plan.model.seed),
-            reference=Reference.from_histogram(total, self._schema).to_json(),
+            reference=_reference(total, self._schema, noise),
         )
         self._store.save_checkpoint(self._job_id, checkpoint)
         return checkpoint
@@ -249,7 +219,10 @@ class _Runner:
         """Run the next round until it has a quorum of updates; return the checkpoint after it."""
         number = before.round + 1
         while True:
-            self._propose({member.name for member in self._store.members()})
+            # A newcomer that hangs holds a round up no longer than a lender that does.
+            self._propose(
+                {member.name for member in self._store.members()}, self._plan.cohort.round_deadline_s
+            )
             here = self._wait_for_quorum()
             started = time.monotonic()
             self._say(
@@ -295,7 +268,7 @@ class _Runner:
         finish = _finish(self._job_id, checkpoint)
         not_kept: dict[str, str] = {}
         until = time.monotonic() + self._plan.cohort.round_deadline_s
-        waiting = _Waiting(self._say)
+        waiting = Waiting(self._say)
         while True:
             away = set(self._store.undelivered(self._job_id))
             here = (away & self._exchange.online()) - set(not_kept)
@@ -321,7 +294,7 @@ class _Runner:
                 )
         return not_kept
 
-    def _propose(self, members: set[str]) -> None:
+    def _propose(self, members: set[str], deadline_s: float = _PROPOSE_S) -> None:
         answered = set(self._store.weights(self._job_id)) | set(self._refused)
         soon = {name for name, at in self._ask_again_at.items() if time.monotonic() < at}
         new = sorted(((members - answered) & self._exchange.online()) - soon)
@@ -330,7 +303,7 @@ class _Runner:
         self.settle(new)  # first: what an abandoned job holds could not be reserved for this one
         largest = lender_weight(self._plan.training.weight_cap, self._plan.training)
         proposal = Propose(self._job_id, self._plan.model_dump_json(), self._schema.fingerprint())
-        answers = self._exchange.ask(dict.fromkeys(new, proposal), Accepted, deadline_s=_PROPOSE_S)
+        answers = self._exchange.ask(dict.fromkeys(new, proposal), Accepted, deadline_s=deadline_s)
         for name, reply in self._sorted_out(answers):
             if not isinstance(reply, Accepted):
                 answers.failures[name] = "it answered another question"
@@ -341,7 +314,7 @@ class _Runner:
                 self._say({"event": "accepted", "lender": name})
         for name in new:
             if name in answers.failures and name not in self._refused:
-                self._ask_again_at[name] = time.monotonic() + _SILENT_S
+                self._ask_again_at[name] = time.monotonic() + SILENT_S
                 self._say({"event": "unanswered", "lender": name, "reason": answers.failures[name]})
 
     def _sorted_out(self, answers: Answers) -> list[tuple[str, Message]]:
@@ -364,12 +337,14 @@ class _Runner:
                 answers.failures[name] = "it answered another question"
             elif reply.fingerprint != before.fingerprint or reply.delta.shape != before.weights.shape:
                 answers.failures[name] = "its update is for another schema or architecture"
+            elif np.abs(reply.delta).max(initial=0.0) > _reach(self._plan, before.weights):
+                answers.failures[name] = "its update is further away than the plan's steps can reach"
             else:
                 updates[name] = reply.delta
         return updates
 
     def _wait_for_quorum(self) -> set[str]:
-        waiting = _Waiting(self._say)
+        waiting = Waiting(self._say)
         quorum = self._plan.cohort.min_lenders
         while True:
             accepted = set(self._store.weights(self._job_id))
@@ -385,19 +360,21 @@ class _Runner:
             time.sleep(_WAIT_S)
 
 
-class _Waiting:
-    """Says for whom the coordinator waits: when that changes, and every few seconds."""
+def _reference(total: NDArray[np.float64], schema: Schema, noise_stddev: float) -> str:
+    try:
+        return Reference.from_histogram(total, schema, noise_stddev=noise_stddev).to_json()
+    except DataError:
+        return ""  # noise left a column without loans: there is nothing to compare with, and no harm
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
-        self._last = ""
-        self._at = 0.0
 
-    def report(self, here: set[str], away: set[str], wanted: int) -> None:
-        text = json.dumps([sorted(here), sorted(away), wanted])
-        if text != self._last or time.monotonic() - self._at > _SILENT_S:
-            self._say({"event": "waiting", "online": sorted(here), "for": sorted(away), "wanted": wanted})
-            self._last, self._at = text, time.monotonic()
+def _reach(plan: JobPlan, weights: NDArray[np.float32]) -> float:
+    """Return how far one weight can move in a round: what an update exceeds was not made by the plan's AdamW.
+
+    Source: Kingma & Ba 2015, section 2.1: a step is at most lr * (1 - beta1) / sqrt(1 - beta2), 3.17 lr here.
+    """
+    training = plan.training
+    decay = training.weight_decay * (float(np.abs(weights).max(initial=0.0)) + 1.0)
+    return training.local_steps * training.learning_rate * (4.0 + decay)
 
 
 def _finish(job_id: str, last: Checkpoint | None) -> Finish:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fedfin.plan import TrainingPlan
 
-__all__ = ["CohortSum", "ModelState", "Strategy", "lender_weight"]
+__all__ = ["CohortSum", "ModelState", "Strategy", "lender_weight", "public_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,11 @@ class Strategy(Protocol):
         ...
 
 
+def public_size(num_loans: int, training: "TrainingPlan") -> int:
+    """Return the number of loans rounded down to a multiple of `weight_bucket`, but not below one bucket."""
+    return max(training.weight_bucket, num_loans // training.weight_bucket * training.weight_bucket)
+
+
 def lender_weight(num_loans: int, training: "TrainingPlan") -> float:
     """Return a lender's weight in the average, in loans, their square root, or 1.
 
@@ -86,8 +91,7 @@ def lender_weight(num_loans: int, training: "TrainingPlan") -> float:
     if num_loans < 1:
         msg = f"a lender with {num_loans} training loans has no weight; leave it out of the round"
         raise TrainingError(msg)
-    bucket = training.weight_bucket
-    counted = max(bucket, min(num_loans, training.weight_cap) // bucket * bucket)
+    counted = public_size(min(num_loans, training.weight_cap), training)
     match training.weighting:
         case "size":
             return float(counted)

@@ -24,7 +24,7 @@ JOB = "credit-1234"
 
 
 def lender_folder(
-    directory: Path, *, name: str = "north-bank", num_loans: int = 150, **policy: object
+    directory: Path, *, name: str = "north-bank", num_loans: int = 178, **policy: object
 ) -> Path:
     """Write a folder as `fedfin client join` leaves it, with loans; return its bank.yaml."""
     directory.mkdir(parents=True)

@@ -154,7 +154,7 @@ def test_check_shows_a_clean_table_and_exits_zero(tmp_path):
     done = fedfin("client", "check", "--config", lender_folder(tmp_path / "bank"))
     assert done.exit_code == 0, done.output
     assert "can take part" in done.stdout
-    assert "150 loans" in done.stdout
+    assert "178 loans" in done.stdout
 
 
 def test_check_names_every_fault_that_was_planted_in_a_real_table(tmp_path):

@@ -14,8 +14,9 @@ from fedfin.errors import ConfigError, FedfinError, QuorumError
 from fedfin.identity import Invitation
 from fedfin.plan import JobPlan
 from fedfin.server import rounds
+from fedfin.server.jobs import choose_job
 from fedfin.server.roster import FederationStore, Member
-from fedfin.server.rounds import Answers, choose_job, run_job
+from fedfin.server.rounds import Answers, run_job
 from fedfin.update import (
     Accepted,
     AskHistogram,
@@ -43,7 +44,11 @@ WEIGHTS = {"east": 50.0, "north": 200.0, "south": 100.0}
 
 
 def plan_with(**sections):
-    small = {"training": {"rounds": 3}, "cohort": {"round_deadline_s": 0.05, "start_timeout_s": 0.05}}
+    # targets are far away: a rate that lets an update reach them
+    small = {
+        "training": {"rounds": 3, "learning_rate": 1.0},
+        "cohort": {"round_deadline_s": 0.05, "start_timeout_s": 0.05},
+    }
     return JobPlan.model_validate(
         {key: {**small.get(key, {}), **sections.get(key, {})} for key in {**small, **sections}}
     )
@@ -171,7 +176,7 @@ class House:
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch):
     monkeypatch.setattr(rounds, "_WAIT_S", 0.001)
-    monkeypatch.setattr(rounds, "_SILENT_S", 0.01)
+    monkeypatch.setattr(rounds, "SILENT_S", 0.01)
 
 
 @pytest.fixture
@@ -468,7 +473,7 @@ def test_the_largest_weight_of_the_plan_is_taken(house, weighting, weight):
 
 
 def test_a_lender_that_does_not_answer_the_proposal_is_named_and_not_asked_without_pause(house, monkeypatch):
-    monkeypatch.setattr(rounds, "_SILENT_S", 3600.0)
+    monkeypatch.setattr(rounds, "SILENT_S", 3600.0)
     house.lenders["south"].instead[Propose] = silent
     house.run(plan_with())
     (event,) = house.said("unanswered")
@@ -754,3 +759,12 @@ def test_a_lender_that_connects_late_is_told_of_the_abandoned_job_before_the_nex
         assert [status for _, status in lender.ends] == ["abandoned", "completed"]
         assert lender.ends[0][0] == old
         assert [type(question) for question in lender.asked][2:4] == [Finish, Propose]
+
+
+def test_an_update_beyond_what_the_plans_steps_can_reach_is_put_down_to_its_lender(house):
+    house.lenders["south"].target = 1e6
+    final = house.run(plan_with())
+    for line in house.said("round_done"):
+        assert line["cohort"] == ["east", "north"]
+        assert "steps can reach" in line["missing"]["south"]
+    assert np.abs(final.weights).max() < 1e3

@@ -1,0 +1,81 @@
+"""Which job a coordinator runs, and how it says for whom it waits."""
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from fedfin.errors import ConfigError
+from fedfin.plan import JobPlan
+from fedfin.server.roster import FederationStore, Job
+
+__all__ = ["SILENT_S", "Say", "Waiting", "choose_job"]
+
+SILENT_S: Final = 30.0
+"""A waiting coordinator says for whom, and proposes again to who failed, this often."""
+
+Say = Callable[[Mapping[str, Any]], None]
+"""Reports an event to people: a mapping with `event` and what belongs to it; no metric of one lender."""
+
+
+def choose_job(store: FederationStore, plan: JobPlan, *, new_job: bool, say: Say) -> Job:
+    """Return the job to run: the unfinished one of this plan, or a new one.
+
+    Raises:
+        ConfigError: An unfinished job has another plan, or this plan was trained already; both need
+            `--new-job`, since a repeated job spends the lenders' budgets again.
+    """
+    jobs = store.jobs()
+    running = next((job for job in jobs if job.status == "running"), None)
+    if running is not None and not new_job:
+        if running.digest != plan.digest():
+            msg = (
+                f"job {running.job_id} is unfinished and federation.yaml now states another plan; restore the plan to"
+                " go on with it, or run `fedfin server --new-job` to abandon it and start this one"
+            )
+            raise ConfigError(msg)
+        say({"event": "resumed", "job": running.job_id})
+        return running
+    if running is not None:
+        store.end_job(running.job_id, "abandoned")
+        say({"event": "abandoned", "job": running.job_id})
+    done = next(
+        (job for job in reversed(jobs) if job.status == "completed" and job.digest == plan.digest()), None
+    )
+    if done is not None and not new_job:
+        if store.undelivered(done.job_id):
+            return done
+        msg = (
+            f"this plan was trained already, as job {done.job_id}; its model is in runs/{done.job_id}/model. To train"
+            " it again, which spends the lenders' budgets again, run `fedfin server --new-job`"
+        )
+        raise ConfigError(msg)
+    job_id = f"{plan.name}-{secrets.token_hex(4)}"
+    store.start_job(job_id, plan.model_dump_json(), plan.digest())
+    say({"event": "started", "job": job_id})
+    return next(job for job in store.jobs() if job.job_id == job_id)
+
+
+class Waiting:
+    """Says for whom the coordinator waits: when that changes, and every few seconds."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._last = ""
+        self._at = 0.0
+
+    def report(self, here: set[str], away: set[str], wanted: int, invited: Sequence[str] = ()) -> None:
+        """Say who is online, who is away and how many are wanted, unless it was said a moment ago."""
+        text = json.dumps([sorted(here), sorted(away), wanted, list(invited)])
+        if text != self._last or time.monotonic() - self._at > SILENT_S:
+            self._say(
+                {
+                    "event": "waiting",
+                    "online": sorted(here),
+                    "for": sorted(away),
+                    "invited": list(invited),
+                    "wanted": wanted,
+                }
+            )
+            self._last, self._at = text, time.monotonic()
