@@ -43,7 +43,7 @@ check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(STAMP)
 	@$(BIN)/python -m fedfin.cli_reference docs

@@ -10,15 +10,25 @@ from fedfin.credit.schema import Schema
 __all__ = ["check", "check_folder"]
 
 
-def check_folder(config_path: Path) -> QualityReport:
-    """Read the table named in bank.yaml and report every fault at once.
+def check_folder(config_path: Path) -> tuple[QualityReport, QualityReport | None]:
+    """Read the tables named in bank.yaml and report every fault at once.
+
+    Returns:
+        The report on the loans, and that on holdout.source where there is one.
 
     Raises:
         ConfigError: bank.yaml or schema.yaml does not hold, or the source cannot be opened.
         DataError: The source holds no table at all.
     """
     folder = LenderFolder(config_path)
-    return check(folder, folder.schema())
+    schema = folder.schema()
+    source = folder.config.holdout.source
+    held_out = (
+        None
+        if source is None
+        else check_source(source, schema, folder.directory, acknowledged=frozenset(source.accepted_leaks))
+    )
+    return check(folder, schema), held_out
 
 
 def check(folder: LenderFolder, schema: Schema) -> QualityReport:

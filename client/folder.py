@@ -1,7 +1,11 @@
 """A lender's folder: bank.yaml, keys, the federation's schema, the ledger, jobs and models."""
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -70,6 +74,21 @@ class LenderFolder:
             raise ConfigError(msg)
         return salt
 
+    @contextlib.contextmanager
+    def lock(self) -> Generator[None]:
+        """Hold the folder for one process.
+
+        Raises:
+            ConfigError: Another process holds it.
+        """
+        with (self.directory / "client.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                msg = f"another `fedfin client` serves {self.directory} already; stop it first"
+                raise ConfigError(msg) from error
+            yield
+
     def job(self, job_id: str) -> "JobFolder":
         """Return the folder of a job; it may not exist yet."""
         return JobFolder(self.jobs_path / job_id)
@@ -105,6 +124,10 @@ class JobFolder:
             return self._outbox(stage).read_bytes()
         except FileNotFoundError:
             return None
+
+    def clear_answers(self) -> None:
+        """Delete the kept answers: the job is over and nobody will ask again."""
+        shutil.rmtree(self.path / "outbox", ignore_errors=True)
 
     def _outbox(self, stage: str) -> Path:
         return self.path / "outbox" / f"{stage.replace(' ', '-')}.bin"

@@ -185,13 +185,21 @@ class Lender:
                 )
             # After the reservation: killed in between, the same proposal reserves the same thing again.
             job.accept(
-                job=question.job_id, plan=question.plan, plan_digest=plan.digest(), snapshot=self._loans.snapshot,
+                job=question.job_id,
+                plan=question.plan,
+                plan_digest=plan.digest(),
+                snapshot=self._loans.snapshot,
                 weight=weight,
-            )  # fmt: skip
+            )
             self._folder.journal.write(
-                "job_accepted", job=question.job_id, plan=plan.digest(), mode=plan.privacy.mode,
+                "job_accepted",
+                job=question.job_id,
+                plan=plan.digest(),
+                mode=plan.privacy.mode,
                 epsilon=plan.privacy.epsilon if plan.privacy.mode == "local" else None,
-            )  # fmt: skip
+                weight=weight,
+                snapshot=self._loans.snapshot,
+            )
             self._say(
                 f"accepted job {question.job_id} ({plan.model.kind}, {plan.training.rounds} rounds, {_privacy(plan)})"
             )
@@ -294,6 +302,7 @@ class Lender:
             )
             self._say(f"job {question.job_id}: model {model.digest[:12]} kept")
         self._ledger.release(question.job_id)
+        job.clear_answers()
         self._folder.journal.write("job_ended", job=question.job_id, status=question.status)
         self.job_id = None
         return Done(question.job_id)

@@ -129,7 +129,12 @@ class Node:
                     self._serve(client, FlowerNode(node_id=node_id))
             except _LOST as error:
                 self._refuse_hopeless(error)
-                if attempt == 0:
+                if attempt == 0 and isinstance(error, httpx.HTTPStatusError):
+                    status = error.response.status_code
+                    self._say(
+                        f"the coordinator does not take this lender yet (status {status}); trying again"
+                    )
+                elif attempt == 0:
                     self._say(f"the coordinator at {self._address} is away; trying again until it is back")
                 self._stop.wait(_RECONNECT_S[min(attempt, len(_RECONNECT_S) - 1)])
                 attempt += 1

@@ -8,6 +8,7 @@ import pandas as pd
 
 from fedfin.client.checking import check
 from fedfin.client.folder import LenderFolder
+from fedfin.credit.quality import check_source
 from fedfin.credit.schema import Schema
 from fedfin.credit.source import Loans, read_loans
 from fedfin.errors import DataError
@@ -39,11 +40,16 @@ def prepare(folder: LenderFolder) -> PreparedLoans:
     schema = folder.schema()
     salt = folder.salt()
     config = folder.config
-    report = check(folder, schema)
-    if not report.can_take_part:
+    reports = [("", check(folder, schema))]
+    if config.holdout.source is not None:
+        held_out = check_source(config.holdout.source, schema, folder.directory)
+        reports.append(("holdout.source: ", held_out))
+    for source, report in reports:
+        if report.can_take_part:
+            continue
         errors = [finding for finding in report.findings if finding.severity == "error"]
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        where = f"{errors[0].column}: " if errors[0].column else ""
+        where = source + (f"{errors[0].column}: " if errors[0].column else "")
         msg = f"{where}{errors[0].message}{more}; {errors[0].mend}. `fedfin client check` shows all that is wrong"
         raise DataError(msg)
     loans = read_loans(config.data, schema, folder.directory)

@@ -1,7 +1,5 @@
 """`fedfin client --config bank.yaml`: one lender, one process, one lock."""
 
-import fcntl
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +8,7 @@ from fedfin.client.app import make_app
 from fedfin.client.folder import LenderFolder
 from fedfin.client.lender import Lender
 from fedfin.client.node import Node
-from fedfin.errors import ConfigError, FedfinError
+from fedfin.errors import FedfinError
 
 __all__ = ["serve"]
 
@@ -25,14 +23,7 @@ def serve(config_path: Path, *, once: bool, stop: threading.Event, say: Callable
     """
     folder = LenderFolder(config_path)
     keys = folder.keys()
-    with (folder.directory / "client.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            msg = f"another `fedfin client` serves {folder.directory} already; stop it first"
-            raise ConfigError(msg) from error
-        lock.write(str(os.getpid()))
-        lock.flush()
+    with folder.lock():
         lender = Lender(folder, say)
         say(f"{folder.config.name}: {len(lender.loans.train)} loans train, {len(lender.loans.holdout)} judge")
         folder.journal.write("client_started", snapshot=lender.loans.snapshot)
@@ -58,8 +49,12 @@ def serve(config_path: Path, *, once: bool, stop: threading.Event, say: Callable
             say=say,
             idle=judge,
         )
-        watcher = threading.Thread(target=lambda: (stop.wait(), node.stop()), daemon=True)
-        watcher.start()
+
+        def watch() -> None:
+            stop.wait()
+            node.stop()
+
+        threading.Thread(target=watch, daemon=True).start()
         try:
             judge()  # of a model that was received before a stop
             node.run()

@@ -6,8 +6,9 @@ from typing import Any
 
 from fedfin.client.evaluation import EVALUATION_FILE
 from fedfin.client.folder import LenderFolder
+from fedfin.errors import ConfigError
 
-__all__ = ["status_of"]
+__all__ = ["release_job", "status_of"]
 
 
 def status_of(config_path: Path) -> dict[str, Any]:
@@ -42,7 +43,19 @@ def status_of(config_path: Path) -> dict[str, Any]:
         models.append(
             {"model": path.parent.name, **(json.loads(evaluation.read_text()) if evaluation.exists() else {})}
         )
+    jobs: list[dict[str, Any]] = []
+    for path in sorted(folder.jobs_path.glob("*/job.json")):
+        accepted = json.loads(path.read_text(encoding="utf-8"))
+        plan = json.loads(accepted["plan"])
+        jobs.append(
+            {
+                "job": accepted["job"],
+                "mode": plan["privacy"]["mode"],
+                "open": (path.parent / "outbox").exists(),
+            }
+        )
     return {
+        "jobs": jobs,
         "name": folder.config.name,
         "federation": folder.config.federation,
         "coordinator": folder.config.coordinator,
@@ -50,3 +63,27 @@ def status_of(config_path: Path) -> dict[str, Any]:
         "snapshots": snapshots,
         "models": models,
     }
+
+
+def release_job(config_path: Path, job_id: str) -> None:
+    """Free what is reserved for a job whose coordinator will not come back; the job cannot go on here after that.
+
+    What was spent stays spent.
+
+    Raises:
+        ConfigError: This lender did not accept the job, or it is served at this moment.
+        LedgerError: The ledger cannot record.
+    """
+    folder = LenderFolder(config_path)
+    job = folder.job(job_id)
+    if job.accepted() is None:
+        msg = f"this lender accepted no job {job_id}; `fedfin client status` lists its jobs"
+        raise ConfigError(msg)
+    with folder.lock():
+        ledger = folder.ledger()
+        try:
+            ledger.release(job_id)
+        finally:
+            ledger.close()
+        job.clear_answers()
+        folder.journal.write("job_released_by_hand", job=job_id)

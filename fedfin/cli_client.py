@@ -85,12 +85,25 @@ def check(
     def work() -> None:
         from fedfin.client.checking import check_folder
 
-        report = check_folder(_chosen(context, config))
+        report, held_out = check_folder(_chosen(context, config))
+        can = report.can_take_part and (held_out is None or held_out.can_take_part)
         if json_out:
-            print_json(report.to_json())
+            print_json(
+                {
+                    **report.to_json(),
+                    "can_take_part": can,
+                    "holdout": None if held_out is None else held_out.to_json(),
+                }
+            )
         else:
-            _show_report(report)
-        if not report.can_take_part:
+            _show_report(report, "loans")
+            if held_out is not None:
+                _show_report(held_out, "held-out loans")
+            if can:
+                say("these loans can take part", style="bold green")
+            else:
+                say("these loans cannot take part until the errors above are mended", style="bold red")
+        if not can:
             raise SystemExit(1)
 
     guarded(work, json_out=json_out, debug=debug)
@@ -117,6 +130,24 @@ def status(
     guarded(work, json_out=json_out, debug=debug)
 
 
+@app.command(epilog="Example:  fedfin client release credit-1a2b3c4d --config north-bank/bank.yaml")
+def release(
+    context: typer.Context,
+    job: Annotated[str, typer.Argument(help="The job, as `fedfin client status` names it.")],
+    config: ConfigOption = _DEFAULT,
+    debug: DebugOption = False,
+) -> None:
+    """Free what is reserved for a job whose coordinator will not come back; what was spent stays spent."""
+
+    def work() -> None:
+        from fedfin.client.status import release_job
+
+        release_job(_chosen(context, config), job)
+        say(f"what was reserved for {job} is free again; the job cannot go on at this lender")
+
+    guarded(work, debug=debug)
+
+
 def _run(config: Path, *, once: bool) -> None:
     from fedfin.client.session import serve
 
@@ -130,7 +161,7 @@ def _run(config: Path, *, once: bool) -> None:
     serve(config, once=once, stop=stop, say=say)
 
 
-def _show_report(report: Any) -> None:  # noqa: ANN401  (fedfin.credit.quality, imported late so that --help is quick)
+def _show_report(report: Any, what: str) -> None:  # noqa: ANN401  (fedfin.credit.quality, imported late so that --help is quick)
     rows = [
         [
             column.name,
@@ -142,9 +173,8 @@ def _show_report(report: Any) -> None:  # noqa: ANN401  (fedfin.credit.quality, 
         for column in report.columns
     ]
     print_table(
-        f"{report.num_rows} loans, bad rate {report.bad_rate:.1%}"
-        if report.bad_rate is not None
-        else f"{report.num_rows} loans",
+        f"{report.num_rows} {what}"
+        + ("" if report.bad_rate is None else f", bad rate {report.bad_rate:.1%}"),
         ["column", "kind", "feature", "missing", "out of range", "wrong type", "unknown", "special", "PSI"],
         rows,
         numeric_from=3,
@@ -157,10 +187,6 @@ def _show_report(report: Any) -> None:  # noqa: ANN401  (fedfin.credit.quality, 
             f"{finding.severity}: {where}{finding.message}{rows_text if finding.rows else ''}; {finding.mend}",
             style=styles[finding.severity],
         )
-    if report.can_take_part:
-        say("these loans can take part", style="bold green")
-    else:
-        say("these loans cannot take part until the errors above are mended", style="bold red")
 
 
 def _counts(column: Any) -> tuple[int, ...]:  # noqa: ANN401  (as above)
@@ -182,6 +208,8 @@ def _show_status(document: dict[str, Any]) -> None:
             f" limit {document['epsilon_limit']:g}, at delta {snapshot['delta']:g}, neighbours differ by one loan"
             " added or removed"
         )
+    jobs = [[job["job"], job["mode"], "going on" if job["open"] else "over"] for job in document["jobs"]]
+    print_table("jobs", ["job", "privacy", "state"], jobs)
     rows = [
         [
             model["model"][:12],

@@ -129,7 +129,7 @@ def _show(result: "DemoResult", report: Path) -> None:
     print_table(
         f"{len(result.lenders)} lenders, {result.plan.training.rounds} rounds, {guarantee}: AUC on the same"
         f" {result.num_holdout} held-out loans",
-        ["lender", "loans", "alone", "federated", "pooled", "gain", "95% interval"],
+        ["lender", "loans", "alone", "federated", "pooled", "gain", "95%"],
         [
             [
                 lender.name,

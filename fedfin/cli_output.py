@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,7 +36,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, numeri
     shown = [
         i for i in range(len(columns)) if i < numeric_from or not rows or any(row[i] != "-" for row in rows)
     ]
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index in shown:
         table.add_column(
             Text(columns[index]), justify="right" if index >= numeric_from else "left", no_wrap=index == 0

@@ -47,6 +47,9 @@ def run(
             help="Abandon an unfinished job, or train a finished plan again (spends the lenders' budgets again).",
         ),
     ] = False,
+    enrol_only: Annotated[
+        bool, typer.Option("--enrol-only", help="Run no job: only let invited lenders join, until Ctrl-C.")
+    ] = False,
     json_out: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -57,7 +60,11 @@ def run(
     if context.invoked_subcommand is not None:
         context.obj = config
         return
-    guarded(lambda: _run(config, new_job=new_job, json_out=json_out), json_out=json_out, debug=debug)
+    guarded(
+        lambda: _run(config, new_job=new_job, enrol_only=enrol_only, json_out=json_out),
+        json_out=json_out,
+        debug=debug,
+    )
 
 
 @app.command(epilog="Example:  fedfin server init fed --name coop --address fed.example.org:9443")
@@ -216,7 +223,7 @@ def status(
     guarded(work, json_out=json_out, debug=debug)
 
 
-def _run(config: Path, *, new_job: bool, json_out: bool) -> None:
+def _run(config: Path, *, new_job: bool, enrol_only: bool, json_out: bool) -> None:
     from fedfin.server.founding import open_federation
     from fedfin.server.supervisor import supervise
 
@@ -224,7 +231,7 @@ def _run(config: Path, *, new_job: bool, json_out: bool) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     events: list[Mapping[str, Any]] = []
     if json_out:
-        supervise(federation, new_job=new_job, on_event=events.append)
+        supervise(federation, new_job=new_job, enrol_only=enrol_only, on_event=events.append)
         print_json({"events": events, "run": _last(events, "run"), "model": _last(events, "model")})
         return
     progress = Progress(
@@ -233,7 +240,7 @@ def _run(config: Path, *, new_job: bool, json_out: bool) -> None:
     )  # fmt: skip
     with progress:
         view = _View(progress)
-        supervise(federation, new_job=new_job, on_event=view.show)
+        supervise(federation, new_job=new_job, enrol_only=enrol_only, on_event=view.show)
 
 
 class _View:

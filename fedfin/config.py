@@ -287,7 +287,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:  # noqa: FBT001, FBT002
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]  # untyped in PyYAML
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(
                     problem="a key is a list or a mapping (braces in a text need quotes)",
@@ -331,11 +331,12 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
 
 def _field_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Any:  # noqa: ANN401  (pydantic's FieldInfo)
     info = None
+    section: type[BaseModel] | None = model
     for part in location:
-        if model is None or not isinstance(part, str) or part not in model.model_fields:
+        if section is None or not isinstance(part, str) or part not in section.model_fields:
             return info
-        info = model.model_fields[part]
-        model = _section_of(info.annotation)  # type: ignore[assignment]  # None ends the walk above
+        info = section.model_fields[part]
+        section = _section_of(info.annotation)
     return info
 
 
@@ -392,7 +393,7 @@ def _wrap(text: str, width: int) -> list[str]:
 def _scalar(value: object) -> str:
     if isinstance(value, BaseModel):
         return ""
-    if isinstance(value, float) and value != 0 and abs(value) < 1e-3:
+    if isinstance(value, float) and 0.0 < abs(value) < 1e-3:
         # YAML 1.1 reads 1e-05 as text: it wants the point.
         mantissa, exponent = f"{value:e}".split("e")
         return f"{float(mantissa)}e{int(exponent):+03d}"

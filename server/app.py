@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import httpx
@@ -62,7 +63,7 @@ class GridExchange:
         """Return the names of the enrolled lenders whose node is online."""
         if time.monotonic() - self._asked_at > _ONLINE_FRESH_S:
             # HttpGrid's get_nodes; the Grid's public get_node_ids would lose the keys that name the lenders.
-            nodes = list(self._grid.get_nodes())  # type: ignore[attr-defined]  # flwr types it on HttpGrid only
+            nodes = list(self._grid.get_nodes())
             by_key = {_key_bytes(member.node_key): member.name for member in self._store.members()}
             self._names = {
                 node.node_id: by_key[node.public_key] for node in nodes if node.public_key in by_key
@@ -155,7 +156,7 @@ def main() -> None:
     order = json.loads(sys.stdin.readline())
     _Order.current = order
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, _end)
     try:
         _execute(order)
     except FedfinError as error:
@@ -180,7 +181,7 @@ def _execute(order: dict[str, Any]) -> None:
     )
     granted.raise_for_status()
     grid = HttpGrid(runtime_api_address=inner, insecure=True, token=granted.json()["token"])
-    client = grid._runtime_client  # noqa: SLF001  (flwr's own run_serverapp does the same)
+    client = grid._runtime_client  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  as flwr's own run_serverapp
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     status, details = "failed", ""
@@ -211,7 +212,7 @@ def _run_federation(exchange: GridExchange, federation: Federation, *, new_job: 
     store = federation.store
     job = choose_job(store, plan, new_job=new_job, say=_say)
     directory = RunDirectory(federation.runs_path / job.job_id)
-    directory.begin(federation.config, job, schema)
+    directory.begin(federation.config, job, schema, federation.authority().fingerprint)
 
     def say(event: Mapping[str, Any]) -> None:
         directory.note(event)
@@ -233,6 +234,10 @@ def _run_federation(exchange: GridExchange, federation: Federation, *, new_job: 
 
     run_job(exchange, store, job, plan, schema, release=release, say=say)
     _say({"event": "completed", "job": job.job_id, "run": str(directory.path)})
+
+
+def _end(_signum: int, _frame: FrameType | None) -> None:
+    os._exit(0)
 
 
 def _end_with_stdin() -> None:

@@ -30,7 +30,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(self, config: FederationConfig, job: Job, schema: Schema) -> None:
+    def begin(self, config: FederationConfig, job: Job, schema: Schema, root_fingerprint: str) -> None:
         """Write run.json, once.
 
         Raises:
@@ -50,6 +50,7 @@ class RunDirectory:
                     "plan": json.loads(job.plan),
                     "plan_digest": job.digest,
                     "schema_fingerprint": schema.fingerprint(),
+                    "root_fingerprint": root_fingerprint,
                     "versions": {
                         name: importlib.metadata.version(name)
                         for name in ("fedfin", "flwr", "torch", "numpy")

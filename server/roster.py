@@ -8,7 +8,7 @@ survives a power cut. Only the hash of an invitation's secret is kept.
 import contextlib
 import datetime as dt
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -277,7 +277,7 @@ class FederationStore:
             raise EnrolmentError(msg)
 
     @contextlib.contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection]:
+    def _read(self) -> Generator[sqlite3.Connection]:
         connection = self._connect()
         try:
             yield connection
@@ -288,7 +288,7 @@ class FederationStore:
             connection.close()
 
     @contextlib.contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
+    def _write(self) -> Generator[sqlite3.Connection]:
         connection = self._connect()
         try:
             connection.execute("BEGIN IMMEDIATE")

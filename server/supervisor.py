@@ -37,13 +37,15 @@ def supervise(
     new_job: bool,
     on_event: Callable[[Mapping[str, Any]], None],
     stop: threading.Event | None = None,
+    enrol_only: bool = False,
 ) -> None:
-    """Run the federation's job to its end.
+    """Run the federation's job to its end, or only listen for lenders that join.
 
     Args:
         federation: The coordinator's folder.
         new_job: Abandon an unfinished job, or train a finished plan again.
         on_event: Told of every event, in this thread; events are mappings with `event`.
+        enrol_only: Run no job; return when stopped.
         stop: When set, both processes are ended and the call returns; the job goes on at the next call.
 
     Raises:
@@ -52,7 +54,7 @@ def supervise(
     """
     pair = _Pair(federation, on_event)
     try:
-        pair.run(new_job=new_job, stop=stop or threading.Event())
+        pair.run(new_job=new_job, stop=stop or threading.Event(), enrol_only=enrol_only)
     finally:
         pair.stop()
 
@@ -122,9 +124,15 @@ class _Pair:
         self._app: _Child | None = None
         self._deaths: list[float] = []
 
-    def run(self, *, new_job: bool, stop: threading.Event) -> None:
+    def run(self, *, new_job: bool, stop: threading.Event, enrol_only: bool) -> None:
         failure: str | None = None
         link, order = self._start_link(new_job=new_job)
+        while enrol_only and not stop.wait(0.1):
+            if link.process.poll() is not None:
+                self._count_death("the SuperLink")
+                link, order = self._start_link(new_job=new_job)
+        if enrol_only:
+            return
         app = self._start_app(order)
         while not stop.is_set():
             with contextlib.suppress(queue.Empty):

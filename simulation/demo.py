@@ -387,7 +387,7 @@ def _raw_table() -> pd.DataFrame:
 
 
 def _csv(raw: pd.DataFrame, rows: Any) -> bytes:  # noqa: ANN401  (positions, an integer array)
-    return raw.iloc[rows].to_csv(index=False).encode()
+    return str(raw.iloc[rows].to_csv(index=False)).encode()
 
 
 def _free_port() -> int:

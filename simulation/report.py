@@ -26,7 +26,7 @@ __all__ = ["arms_plot", "gain_plot", "write_report"]
 _ALONE: Final = "#c98a00"
 _FEDERATED: Final = "#0b6e99"
 _GREY: Final = "#8a94a3"
-_STYLE: Final = {
+_STYLE: Final[Any] = {
     "font.family": "sans-serif",
     "font.size": 11,
     "axes.spines.top": False,
