@@ -346,16 +346,12 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
             "oracle+nothing://db/loans",
             "the driver for oracle.nothing is not installed; install it, or",
         ),
-        (
-            "data.url holds a password; take it out and name the",
-        ),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused(tmp_path, url, refusal):
     with pytest.raises(ConfigError, match=refusal) as refused:
         load_table(DataSource(url=url, table="loans"), tmp_path)
-    assert "s3cret" not in str(refused.value)
-    assert "pa/ss" not in str(refused.value)
+    assert url not in str(refused.value)
 
 
 # PostgreSQL, real
