@@ -349,9 +349,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused(tmp_path, url, refusal):
-    with pytest.raises(ConfigError, match=refusal) as refused:
+    with pytest.raises(ConfigError, match=refusal):
         load_table(DataSource(url=url, table="loans"), tmp_path)
-    assert url not in str(refused.value)
 
 
 # PostgreSQL, real
