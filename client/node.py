@@ -46,11 +46,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import (
-    inflate_object_from_contents,
-    pull_objects,
-    push_objects,
-)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, push_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -58,6 +54,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedfin.errors import LinkError
 from fedfin.identity import write_public
+from fedfin.wire import pull_soon
 
 __all__ = ["Node", "check_clock"]
 
@@ -195,9 +192,9 @@ class Node:
         self, client: FleetHttpClient, node: FlowerNode, stub: FlowerMessage, tree: ObjectTree
     ) -> None:
         run_id, started = stub.metadata.run_id, time.monotonic()
-        contents = pull_objects(
+        contents = pull_soon(
             [entry.object_id for entry in iterate_object_tree(tree)],
-            pull_object_fn=make_pull_object_fn_protobuf(client.PullObject, node, run_id),
+            make_pull_object_fn_protobuf(client.PullObject, node, run_id),
         )
         make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run_id)(
             stub.metadata.message_id

@@ -4,14 +4,16 @@ One value and not one Array a tensor: a model of many tensors costs Flower one r
 108 requests for three rounds, measured), and bytes in a ConfigRecord are the fewest objects of all.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from flwr.app import ConfigRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from fedfin.errors import LinkError
 from fedfin.update import AskHistogram, Finish, Message, Propose, Train
 
-__all__ = ["MESSAGE_TYPES", "THIN_BUNDLE_NAME", "from_record", "to_record"]
+__all__ = ["MESSAGE_TYPES", "THIN_BUNDLE_NAME", "from_record", "pull_soon", "to_record"]
 
 _RECORD: Final = "fedfin"
 _KEY: Final = "message"
@@ -26,6 +28,15 @@ MESSAGE_TYPES: Final[dict[type[Message], str]] = {
 
 THIN_BUNDLE_NAME: Final = "fedfin-no-code"
 """Name of the bundle that Flower wants for a run; it carries no code and lenders never fetch it."""
+
+
+def pull_soon(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+    """Pull a message's objects, looking again every 0.05 s and for half a minute at most.
+
+    Flower's own defaults look again after a whole second, which a round would feel, and for two hours, for which
+    a lender that died while it was sending would hold up its coordinator.
+    """
+    return pull_objects(object_ids, pull_object_fn, initial_backoff=0.05, backoff_cap=0.4, max_time=30.0)
 
 
 def to_record(data: bytes) -> RecordDict:

@@ -26,7 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
+from flwr.superlink.grid import HttpGrid, http_grid
 
 from fedfin.credit.binning import Bins
 from fedfin.credit.export import ReleasedModel, save_model
@@ -38,7 +38,7 @@ from fedfin.server.registry import RunDirectory
 from fedfin.server.roster import Checkpoint, FederationStore
 from fedfin.server.rounds import Answers, run_job
 from fedfin.update import Message, Refused, decode, encode
-from fedfin.wire import MESSAGE_TYPES, from_record, to_record
+from fedfin.wire import MESSAGE_TYPES, from_record, pull_soon, to_record
 
 __all__ = ["EXIT_LINK_LOST", "GridExchange", "main"]
 
@@ -180,6 +180,8 @@ def _execute(order: dict[str, Any]) -> None:
         f"http://{inner}/v1/fedfin/run", headers={"authorization": f"Bearer {order['secret']}"}, timeout=30
     )
     granted.raise_for_status()
+    # HttpGrid takes no setting for this: its module's own name is replaced.
+    vars(http_grid)["pull_objects"] = pull_soon
     grid = HttpGrid(runtime_api_address=inner, insecure=True, token=granted.json()["token"])
     client = grid._runtime_client  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  as flwr's own run_serverapp
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))

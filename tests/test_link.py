@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import inspect
 
 import flwr.common.constant as flower_constants
 import httpx
@@ -13,7 +14,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.constant import TaskType
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
-from flwr.superlink.grid import HttpGrid
+from flwr.superlink.grid import HttpGrid, http_grid
 from flwr.superlink.main import create_app
 
 from fedfin.errors import LinkError
@@ -138,6 +139,9 @@ def test_what_else_is_private_in_flower_is_still_there():
     assert flower_constants.HEARTBEAT_PATIENCE == 2
     assert isinstance(HttpGrid._runtime_client, property)
     assert callable(HttpGrid.get_nodes)
+    # server/app replaces this name, so that a lender that dies while sending holds nobody up for two hours
+    assert "pull_objects(" in inspect.getsource(HttpGrid.pull_messages)
+    assert http_grid.pull_objects.__module__ == "flwr.supercore.inflatable.inflatable_utils"
 
 
 def test_a_taken_port_is_named_with_its_mend():
