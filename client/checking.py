@@ -7,7 +7,7 @@ from fedfin.credit.drift import Reference
 from fedfin.credit.quality import QualityReport, check_source
 from fedfin.credit.schema import Schema
 
-__all__ = ["check", "check_folder"]
+__all__ = ["check", "check_folder", "check_held_out"]
 
 
 def check_folder(config_path: Path) -> tuple[QualityReport, QualityReport | None]:
@@ -22,13 +22,15 @@ def check_folder(config_path: Path) -> tuple[QualityReport, QualityReport | None
     """
     folder = LenderFolder(config_path)
     schema = folder.schema()
+    return check(folder, schema), check_held_out(folder, schema)
+
+
+def check_held_out(folder: LenderFolder, schema: Schema) -> QualityReport | None:
+    """Report on holdout.source of an open folder, or None where there is none; errors as `check_folder`."""
     source = folder.config.holdout.source
-    held_out = (
-        None
-        if source is None
-        else check_source(source, schema, folder.directory, acknowledged=frozenset(source.accepted_leaks))
-    )
-    return check(folder, schema), held_out
+    if source is None:
+        return None
+    return check_source(source, schema, folder.directory, acknowledged=frozenset(source.accepted_leaks))
 
 
 def check(folder: LenderFolder, schema: Schema) -> QualityReport:

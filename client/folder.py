@@ -32,6 +32,7 @@ class LenderFolder:
         self.root_path = self.directory / "ca.pem"
         self.models_path = self.directory / "models"
         self.jobs_path = self.directory / "jobs"
+        self.ledger_path = self.directory / "ledger.db"
         self.journal = Journal(self.directory / "log.jsonl")
 
     def schema(self) -> Schema:
@@ -54,13 +55,13 @@ class LenderFolder:
 
     def ledger(self) -> Ledger:
         """Open the lender's privacy ledger."""
-        return Ledger(self.directory / "ledger.db")
+        return Ledger(self.ledger_path)
 
     def salt(self) -> bytes:
         """Return the lender's secret salt (32 bytes), made at first use: it blinds digests of loans."""
         path = self.directory / "keys" / "salt.key"
         if not path.exists():
-            if (self.directory / "ledger.db").exists():
+            if self.ledger_path.exists():
                 msg = (
                     f"{path} is gone, and with it the ledger cannot tell whose budget is spent: restore the file from"
                     " its backup. Nothing leaves without it"
@@ -125,9 +126,14 @@ class JobFolder:
         except FileNotFoundError:
             return None
 
-    def clear_answers(self) -> None:
-        """Delete the kept answers: the job is over and nobody will ask again."""
+    def close(self) -> None:
+        """Mark the job as over, durably, and delete the kept answers: nobody may ask again."""
+        write_public(self.path / "over", b"")
         shutil.rmtree(self.path / "outbox", ignore_errors=True)
+
+    def is_over(self) -> bool:
+        """Tell whether the job was ended here."""
+        return (self.path / "over").exists()
 
     def _outbox(self, stage: str) -> Path:
         return self.path / "outbox" / f"{stage.replace(' ', '-')}.bin"

@@ -89,6 +89,7 @@ def join(token: str, directory: Path) -> LenderFolder:
     )
     write_public(directory / "bank.yaml", text.encode())
     folder = LenderFolder(directory / "bank.yaml")
+    folder.salt()  # made now, so that a salt that is gone later is never made anew in silence
     folder.journal.write("enrolled", federation=answer.federation, root=invitation.fingerprint)
     return folder
 

@@ -204,6 +204,9 @@ class Lender:
                 f"accepted job {question.job_id} ({plan.model.kind}, {plan.training.rounds} rounds, {_privacy(plan)})"
             )
             accepted = job.accepted() or {}
+        elif job.is_over():
+            msg = f"job {question.job_id} is over at this lender; start a new job"
+            raise PolicyRefusalError(msg)
         elif accepted["plan_digest"] != plan.digest():
             msg = f"job {question.job_id} was accepted with another plan; a changed plan needs a new job"
             raise PolicyRefusalError(msg)
@@ -302,7 +305,7 @@ class Lender:
             )
             self._say(f"job {question.job_id}: model {model.digest[:12]} kept")
         self._ledger.release(question.job_id)
-        job.clear_answers()
+        job.close()
         self._folder.journal.write("job_ended", job=question.job_id, status=question.status)
         self.job_id = None
         return Done(question.job_id)
@@ -312,6 +315,9 @@ class Lender:
         accepted = job.accepted()
         if accepted is None:
             msg = f"this lender did not accept job {job_id}; propose it first"
+            raise PolicyRefusalError(msg)
+        if same_loans and job.is_over():
+            msg = f"job {job_id} is over at this lender; start a new job"
             raise PolicyRefusalError(msg)
         if same_loans and accepted["snapshot"] != self._loans.snapshot:
             msg = (

@@ -3,7 +3,7 @@
 Flower's own SuperNode runs whatever bundle arrives, polls every three seconds, and ends when its coordinator
 restarts. This loop speaks the same protocol through Flower's Fleet client, runs only the installed ClientApp,
 polls every 0.2 s in a job and every second when idle, and reconnects for as long as it runs. Private parts of
-flwr 1.41 used here are held to a contract by tests/test_flower_contract.py.
+flwr 1.41 used here are held to a contract by tests/test_node.py.
 """
 
 import contextlib
@@ -247,6 +247,7 @@ class Node:
             msg = f"the certificate of the server at {self._address} {why}"
             raise LinkError(msg) from error
         if not isinstance(error, httpx.HTTPStatusError) or error.response.status_code not in {401, 404, 412}:
+            self._unknown_since = None
             return
         check_clock(error.response.headers.get("date"))
         # A SuperLink takes a moment to notice that a killed node is gone: only a lasting refusal is hopeless.

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from fedfin.client.checking import check
+from fedfin.client.checking import check, check_held_out
 from fedfin.client.folder import LenderFolder
-from fedfin.credit.quality import check_source
 from fedfin.credit.schema import Schema
 from fedfin.credit.source import Loans, read_loans
 from fedfin.errors import DataError
@@ -41,8 +40,7 @@ def prepare(folder: LenderFolder) -> PreparedLoans:
     salt = folder.salt()
     config = folder.config
     reports = [("", check(folder, schema))]
-    if config.holdout.source is not None:
-        held_out = check_source(config.holdout.source, schema, folder.directory)
+    if (held_out := check_held_out(folder, schema)) is not None:
         reports.append(("holdout.source: ", held_out))
     for source, report in reports:
         if report.can_take_part:

@@ -21,22 +21,20 @@ def status_of(config_path: Path) -> dict[str, Any]:
     folder = LenderFolder(config_path)
     delta = folder.config.policy.max_delta
     snapshots: list[dict[str, Any]] = []
-    ledger = folder.ledger()
-    try:
-        for snapshot in ledger.snapshots():
-            spent, reserved = ledger.spent(snapshot, delta), ledger.reserved(snapshot, delta)
-            snapshots.append(
-                {
-                    "snapshot": snapshot,
-                    "delta": delta,
-                    "relation": "add_or_remove_one",
-                    "epsilon_rdp": spent.epsilon_rdp,
-                    "epsilon_pld": spent.epsilon_pld,
-                    "reserved_rdp": reserved.epsilon_rdp,
-                }
-            )
-    finally:
-        ledger.close()
+    if folder.ledger_path.exists():  # looking makes nothing
+        with folder.ledger() as ledger:
+            for snapshot in ledger.snapshots():
+                spent, reserved = ledger.spent(snapshot, delta), ledger.reserved(snapshot, delta)
+                snapshots.append(
+                    {
+                        "snapshot": snapshot,
+                        "delta": delta,
+                        "relation": "add_or_remove_one",
+                        "epsilon_rdp": spent.epsilon_rdp,
+                        "epsilon_pld": spent.epsilon_pld,
+                        "reserved_rdp": reserved.epsilon_rdp,
+                    }
+                )
     models: list[dict[str, Any]] = []
     for path in sorted(folder.models_path.glob("*/model.json")):
         evaluation = path.parent / EVALUATION_FILE
@@ -51,7 +49,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
             {
                 "job": accepted["job"],
                 "mode": plan["privacy"]["mode"],
-                "open": (path.parent / "outbox").exists(),
+                "open": not folder.job(accepted["job"]).is_over(),
             }
         )
     return {
@@ -80,10 +78,7 @@ def release_job(config_path: Path, job_id: str) -> None:
         msg = f"this lender accepted no job {job_id}; `fedfin client status` lists its jobs"
         raise ConfigError(msg)
     with folder.lock():
-        ledger = folder.ledger()
-        try:
+        with folder.ledger() as ledger:
             ledger.release(job_id)
-        finally:
-            ledger.close()
-        job.clear_answers()
+        job.close()
         folder.journal.write("job_released_by_hand", job=job_id)

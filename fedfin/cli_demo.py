@@ -129,21 +129,21 @@ def _show(result: "DemoResult", report: Path) -> None:
     print_table(
         f"{len(result.lenders)} lenders, {result.plan.training.rounds} rounds, {guarantee}: AUC on the same"
         f" {result.num_holdout} held-out loans",
-        ["lender", "loans", "alone", "federated", "pooled", "gain", "95%"],
+        ["lender", "loans", "alone", "federated", "pooled", "gain", "95% interval"],
         [
             [
                 lender.name,
                 str(lender.n_train),
                 *(f"{arm['auc']:.3f}" for arm in _arms(lender)),
                 f"{lender.gain[0]:+.3f}",
-                f"{lender.gain[1]:+.3f} to {lender.gain[2]:+.3f}",
+                f"{lender.gain[1]:+.3f} .. {lender.gain[2]:+.3f}",
             ]
             for lender in result.lenders
         ],
     )
     print_table(
         "KS (higher is better) and Brier score (lower is better)",
-        ["lender", "KS alone", "federated", "pooled", "Brier alone", "federated", "pooled"],
+        ["lender", "KS: alone", "fed.", "pooled", "Brier: alone", "fed.", "pooled"],
         [
             [
                 lender.name,

@@ -36,7 +36,14 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, numeri
     shown = [
         i for i in range(len(columns)) if i < numeric_from or not rows or any(row[i] != "-" for row in rows)
     ]
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=Text(title),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
     for index in shown:
         table.add_column(
             Text(columns[index]), justify="right" if index >= numeric_from else "left", no_wrap=index == 0
@@ -44,6 +51,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, numeri
     for row in rows:
         table.add_row(*(Text(row[index]) for index in shown))
     console.print(table)
+    console.print()
 
 
 def fail(message: str, *, json_out: bool = False) -> NoReturn:

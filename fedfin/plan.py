@@ -107,7 +107,7 @@ class CohortPlan(Section):
     wait_for: int | None = Field(
         default=None,
         ge=1,
-        description="Lenders that must be online before the job starts; default: all enrolled.",
+        description="Lenders that must have answered before the job starts; default: all enrolled or invited.",
     )
     start_timeout_s: float = Field(
         default=600.0, gt=0, description="After this the job starts with the quorum that is online, seconds."

@@ -2,7 +2,7 @@
 
 It is started by the supervisor, takes a run from the SuperLink through the inner listener, runs the job and
 prints one JSON line an event. Its poll is 0.1 s where Flower's own is 3 s. Private parts of flwr 1.41 used here
-are held to a contract by tests/test_flower_contract.py.
+are held to a contract by tests/test_link.py.
 """
 
 import json

@@ -99,7 +99,8 @@ def found(directory: Path, *, name: str, address: str, schema_text: str, job: di
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        msg = f"{where} is {first['input']!r}: {first['msg'].lower()}; give --name like coop, --address like host:9443"
+        problem = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        msg = f"{where} is {first['input']!r}: {problem}; give --name like coop, --address like host:9443"
         raise ConfigError(msg) from None
     host = address.rpartition(":")[0].strip("[]")
     loopback = host in {*_LOCAL, "::1"}

@@ -8,7 +8,7 @@ passes the Runtime API (which wants a task's token) and our `/v1/fedfin/run`, wh
 The process reads one JSON line on standard input (configuration path and secret), writes one on standard output
 when it is ready, and ends when standard input closes, so that it never outlives its supervisor.
 
-Private parts of flwr 1.41 used here are held to a contract by tests/test_flower_contract.py.
+Private parts of flwr 1.41 used here are held to a contract by tests/test_link.py.
 """
 
 import asyncio

@@ -153,7 +153,8 @@ class _Runner:
             self._propose(members)
             accepted = set(self._store.weights(self._job_id)) & members
             here = accepted & self._exchange.online()
-            if members and len(members - set(self._refused)) < cohort.min_lenders <= len(members):
+            invited = [name for name, _ in self._store.pending_invitations()]
+            if not invited and len(members - set(self._refused)) < cohort.min_lenders <= len(members):
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
                 msg = (
                     f"cohort.min_lenders is {cohort.min_lenders}, and only {len(members) - len(self._refused)} of"
@@ -161,7 +162,6 @@ class _Runner:
                 )
                 raise QuorumError(msg)
             # A refusal is an answer: nobody waits for a lender that has said no. Who is invited is waited for.
-            invited = [] if cohort.wait_for else [name for name, _ in self._store.pending_invitations()]
             wanted = (cohort.wait_for or len(members) + len(invited)) - len(self._refused)
             wanted = max(wanted, cohort.min_lenders)
             resumed = self._store.checkpoint(self._job_id) is not None

@@ -277,3 +277,36 @@ def test_a_damaged_ledger_stops_the_lender(bank):
 
 def test_the_schema_of_the_folder_is_the_one_that_counts(bank):
     assert open_lender(bank).loans.schema.fingerprint() == schema().fingerprint()
+
+
+def test_a_job_released_by_hand_frees_its_budget_and_is_over_for_good(bank):
+    from fedfin.client.status import release_job, status_of
+
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    lender.close()
+    release_job(bank, JOB)
+    document = status_of(bank)
+    assert document["jobs"] == [{"job": JOB, "mode": "local", "open": False}]
+    assert document["snapshots"][0]["reserved_rdp"] == 0.0
+    restarted = open_lender(bank)
+    for question in (proposal(), BINS, train_request(histogram, 1)):
+        assert "is over" in refusal(restarted, question)
+    assert commits(bank) == ["bins"]
+
+
+def test_looking_at_a_fresh_lender_makes_no_ledger(bank):
+    from fedfin.client.status import status_of
+
+    assert status_of(bank)["snapshots"] == []
+    assert not (bank.parent / "ledger.db").exists()
+    open_lender(bank).close()
+
+
+def test_only_accepted_jobs_are_released(bank):
+    from fedfin.client.status import release_job
+    from fedfin.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="status"):
+        release_job(bank, "credit-0000")
