@@ -16,7 +16,7 @@ from fedfin.credit.export import ReleasedModel
 from fedfin.credit.metrics import auroc, bootstrap_gain, brier, calibration_ratio, ks
 from fedfin.credit.models import architecture_of, encoding_of, predict
 from fedfin.credit.source import Loans
-from fedfin.identity import write_public
+from fedfin.files import write_public
 from fedfin.plan import JobPlan
 
 __all__ = ["EVALUATION_FILE", "arm_metrics", "evaluate", "predict_released"]

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedfin.audit.journal import Journal
-from fedfin.config import LenderConfig, load_config
+from fedfin.config import LenderConfig
 from fedfin.credit.schema import Schema
 from fedfin.errors import ConfigError, LedgerError
-from fedfin.identity import LenderKeys, load_lender_keys, write_private, write_public
+from fedfin.files import write_private, write_public
+from fedfin.identity import LenderKeys, load_lender_keys
+from fedfin.parsing import load_config
 from fedfin.privacy.ledger import Ledger
 
 __all__ = ["JobFolder", "LenderFolder"]

@@ -15,19 +15,14 @@ from pydantic import ValidationError
 
 from fedfin.client.folder import LenderFolder
 from fedfin.client.node import check_clock
-from fedfin.config import LenderConfig, annotated
+from fedfin.config import LenderConfig
 from fedfin.credit.schema import Schema
 from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
 from fedfin.errors import ConfigError, EnrolmentError, LinkError
-from fedfin.identity import (
-    Invitation,
-    LenderKeys,
-    create_lender_keys,
-    fingerprint_of,
-    public_pem,
-    save_lender_keys,
-    write_public,
-)
+from fedfin.files import write_public
+from fedfin.identity import LenderKeys, create_lender_keys, fingerprint_of, public_pem, save_lender_keys
+from fedfin.invitation import Invitation
+from fedfin.reference import annotated
 
 __all__ = ["join"]
 

@@ -41,7 +41,7 @@ from fedfin.errors import (
     SchemaMismatchError,
     TrainingError,
 )
-from fedfin.identity import write_public
+from fedfin.files import write_public
 from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import CalibratedNoise, GaussianEvent, calibrate, job_events
 from fedfin.privacy.noise import NoiseSource, SecureNoise, require_production

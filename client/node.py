@@ -53,7 +53,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedfin.errors import LinkError
-from fedfin.identity import write_public
+from fedfin.files import write_public
 from fedfin.wire import pull_soon
 
 __all__ = ["Node", "check_clock"]

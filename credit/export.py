@@ -20,7 +20,7 @@ from fedfin.credit.binning import Bins
 from fedfin.credit.models import architecture_of, model_fingerprint, num_parameters
 from fedfin.credit.schema import Schema
 from fedfin.errors import ConfigError, FedfinError
-from fedfin.identity import write_public
+from fedfin.files import write_public
 from fedfin.plan import JobPlan
 
 __all__ = ["ReleasedModel", "load_model", "model_digest", "save_model"]

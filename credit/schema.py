@@ -15,7 +15,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from fedfin.config import parse_yaml
+from fedfin.parsing import parse_yaml
 from fedfin.plan import Section
 
 __all__ = ["CategoricalColumn", "Column", "Label", "NumericColumn", "Schema"]

@@ -58,7 +58,7 @@ def join(
 
     def work() -> None:
         from fedfin.client.joining import join as join_federation
-        from fedfin.identity import Invitation
+        from fedfin.invitation import Invitation
 
         folder = join_federation(token, directory or Path(Invitation.from_token(token).name))
         if json_out:

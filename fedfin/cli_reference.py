@@ -10,7 +10,8 @@ import click
 import typer.main
 from pydantic import BaseModel  # noqa: TC002  (kept plain: the only use is in annotations)
 
-from fedfin.config import FederationConfig, LenderConfig, reference
+from fedfin.config import FederationConfig, LenderConfig
+from fedfin.reference import reference
 
 __all__ = ["commands_page", "configuration_page", "main"]
 

@@ -118,7 +118,7 @@ def invite(
     def work() -> None:
         import re
 
-        from fedfin.identity import LENDER_NAME_PATTERN, Invitation
+        from fedfin.invitation import LENDER_NAME_PATTERN, Invitation
         from fedfin.server.founding import open_federation
 
         if not re.match(LENDER_NAME_PATTERN, name):

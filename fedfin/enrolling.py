@@ -4,7 +4,7 @@ import json
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedfin.identity import LENDER_NAME_PATTERN, secret_hash
+from fedfin.invitation import LENDER_NAME_PATTERN, secret_hash
 
 __all__ = ["EnrolmentAnswer", "EnrolmentRequest"]
 

@@ -1,4 +1,4 @@
-"""Keys, certificates, fingerprints and invitation tokens.
+"""Keys, certificates and fingerprints.
 
 A federation has one certificate authority, made by `fedfin server init` and known by the SHA-256 fingerprint
 of its root certificate. A lender has four keys, made on its own machine and never leaving it: P-256 for TLS,
@@ -8,15 +8,8 @@ witnessing (a separate key, since a cosignature does not name the log it is for)
 Source: RFC 5280 (certificates), RFC 8032 (Ed25519), `flwr.supercore.primitives.asymmetric` (node keys).
 """
 
-import base64
-import binascii
 import datetime as dt
-import hashlib
 import ipaddress
-import json
-import os
-import re
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -28,11 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedfin.errors import ConfigError, EnrolmentError
+from fedfin.files import write_private
 
 __all__ = [
-    "LENDER_NAME_PATTERN",
     "CertificateAuthority",
-    "Invitation",
     "LenderKeys",
     "create_authority",
     "create_lender_keys",
@@ -42,25 +34,14 @@ __all__ = [
     "private_pem",
     "public_pem",
     "save_lender_keys",
-    "secret_hash",
     "verify_signature",
-    "write_private",
-    "write_public",
 ]
 
-LENDER_NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,39}$"
-"""Names of lenders: they become folder names and certificate subjects."""
 
 _ROOT_DAYS: Final = 3650
+
+
 _LEAF_DAYS: Final = 825
-_TOKEN_PREFIX: Final = "fedfin1_"  # noqa: S105  (the format's name, not a secret)
-_CHECK_CHARS: Final = 8
-_TOKEN_PARTS: Final = (
-    LENDER_NAME_PATTERN,
-    r"[A-Za-z0-9_.:\[\]-]+:[0-9]{1,5}",
-    r"[0-9a-f]{64}",
-    r"[0-9a-f]{64}",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,68 +119,6 @@ class CertificateAuthority:
             )
             .sign(self.key, hashes.SHA256())
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Invitation:
-    """What an invitation token carries. The secret is 256 bits and is never shown by the repr."""
-
-    name: str
-    address: str
-    fingerprint: str
-    secret: str = field(repr=False)
-
-    @classmethod
-    def create(cls, name: str, address: str, fingerprint: str) -> "Invitation":
-        """Return an invitation with a fresh secret."""
-        return cls(name=name, address=address, fingerprint=fingerprint, secret=secrets.token_hex(32))
-
-    def secret_hash(self) -> str:
-        """Return what the coordinator keeps: SHA-256 over the secret, bound to the lender's name."""
-        return secret_hash(self.name, self.secret)
-
-    def to_token(self) -> str:
-        """Return the text that is handed to the lender, one word without spaces."""
-        body = json.dumps([self.name, self.address, self.fingerprint, self.secret], separators=(",", ":"))
-        text = base64.urlsafe_b64encode(body.encode()).decode().rstrip("=")
-        return f"{_TOKEN_PREFIX}{text}.{_check(text)}"
-
-    @classmethod
-    def from_token(cls, token: str) -> "Invitation":
-        """Parse a token.
-
-        Raises:
-            EnrolmentError: The text is no token, was cut, or a character was altered.
-        """
-        text, dot, check = token.strip().removeprefix(_TOKEN_PREFIX).partition(".")
-        if not token.strip().startswith(_TOKEN_PREFIX) or not dot:
-            msg = f"this is no invitation token (they begin with {_TOKEN_PREFIX}); copy the whole line again"
-            raise EnrolmentError(msg)
-        if not text.isascii() or check != _check(text):  # a checksum against slips, no secret
-            msg = "the token was altered or cut on its way (its check characters do not match); copy it again"
-            raise EnrolmentError(msg)
-        try:
-            parts = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-        except (binascii.Error, ValueError, RecursionError) as error:
-            msg = "the token cannot be read; ask the coordinator for a new one"
-            raise EnrolmentError(msg) from error
-        if not (
-            isinstance(parts, list)
-            and len(parts) == len(_TOKEN_PARTS)
-            # The name becomes a folder, the address is called: a token is not to be trusted with either.
-            and all(
-                isinstance(part, str) and re.fullmatch(pattern, part)
-                for part, pattern in zip(parts, _TOKEN_PARTS, strict=True)
-            )
-        ):
-            msg = "the token is of another release of fedfin; ask the coordinator for a new one"
-            raise EnrolmentError(msg)
-        return cls(*parts)
-
-
-def secret_hash(name: str, secret: str) -> str:
-    """Return the hash under which the coordinator knows an invitation: over the secret and the lender's name."""
-    return hashlib.sha256(f"fedfin invitation\n{name}\n{secret}".encode()).hexdigest()
 
 
 def create_authority(name: str) -> CertificateAuthority:
@@ -340,62 +259,6 @@ def verify_signature(public_key_pem: str, signature: bytes, message: bytes) -> N
         raise EnrolmentError(msg) from error
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Write a secret with mode 0600, durably; an existing file is never replaced.
-
-    Raises:
-        ConfigError: The file exists already, or cannot be written.
-    """
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as error:
-        msg = f"{path} exists already; it is never overwritten: use an empty folder, or move the old one away"
-        raise ConfigError(msg) from error
-    except OSError as error:
-        msg = f"{path} cannot be written ({error.strerror}); free the disk or use another folder"
-        raise ConfigError(msg) from error
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_directory(path.parent)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        msg = f"{path} cannot be written ({error.strerror}); free the disk or use another folder"
-        raise ConfigError(msg) from error
-
-
-def write_public(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Write a file whole or not at all: a temporary file beside it, fsync, rename.
-
-    Raises:
-        ConfigError: The file cannot be written; what was there before stays.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            part.chmod(mode)  # before the content: nobody reads it in between
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        # The rename itself must survive a power cut, or a charge could outlive its release.
-        _sync_directory(path.parent)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        msg = f"{path} cannot be written ({error.strerror}); free the disk or check the folder's permissions"
-        raise ConfigError(msg) from error
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def _load_key(path: Path, maker: str) -> object:
     content = _read(path, maker)
     if path.stat().st_mode & 0o077:
@@ -414,7 +277,3 @@ def _read(path: Path, maker: str) -> bytes:
     except OSError as error:
         msg = f"{path} cannot be read ({error.strerror}); it is made by {maker}"
         raise ConfigError(msg) from error
-
-
-def _check(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_CHECK_CHARS]

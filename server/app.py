@@ -181,7 +181,7 @@ def _execute(order: dict[str, Any]) -> None:
     )
     granted.raise_for_status()
     # HttpGrid takes no setting for this: its module's own name is replaced.
-    vars(http_grid)["pull_objects"] = pull_soon
+    http_grid.__dict__["pull_objects"] = pull_soon
     grid = HttpGrid(runtime_api_address=inner, insecure=True, token=granted.json()["token"])
     client = grid._runtime_client  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  as flwr's own run_serverapp
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))

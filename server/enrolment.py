@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
 from fedfin.errors import EnrolmentError, FedfinError
-from fedfin.identity import CertificateAuthority, public_pem, secret_hash, verify_signature
+from fedfin.identity import CertificateAuthority, public_pem, verify_signature
+from fedfin.invitation import secret_hash
 from fedfin.server.roster import FederationStore, Member
 
 __all__ = ["EnrolmentDesk", "enrolment_app"]

@@ -9,17 +9,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
 
-from fedfin.config import FederationConfig, annotated, load_config
+from fedfin.config import FederationConfig
 from fedfin.errors import ConfigError
-from fedfin.identity import (
-    CertificateAuthority,
-    create_authority,
-    load_authority,
-    private_pem,
-    write_private,
-    write_public,
-)
+from fedfin.files import write_private, write_public
+from fedfin.identity import CertificateAuthority, create_authority, load_authority, private_pem
+from fedfin.parsing import load_config
 from fedfin.plan import JobPlan
+from fedfin.reference import annotated
 from fedfin.server.roster import FederationStore
 
 __all__ = ["Federation", "found", "open_federation"]

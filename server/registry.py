@@ -14,7 +14,7 @@ from typing import Any, Final
 from fedfin.config import FederationConfig
 from fedfin.credit.schema import Schema
 from fedfin.errors import ConfigError
-from fedfin.identity import write_public
+from fedfin.files import write_public
 from fedfin.server.roster import Job
 
 __all__ = ["RunDirectory"]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfin.errors import ConfigError, EnrolmentError, LinkError
-from fedfin.identity import Invitation
+from fedfin.invitation import Invitation
 
 __all__ = ["Checkpoint", "FederationStore", "Job", "Member"]
 

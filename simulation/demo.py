@@ -28,7 +28,8 @@ from fedfin.client.evaluation import EVALUATION_FILE, arm_metrics
 from fedfin.client.joining import join
 from fedfin.client.status import status_of
 from fedfin.errors import ConfigError, FedfinError, LinkError
-from fedfin.identity import Invitation, write_public
+from fedfin.files import write_public
+from fedfin.invitation import Invitation
 from fedfin.plan import JobPlan
 from fedfin.server.founding import Federation, found
 from fedfin.server.supervisor import supervise

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from fedfin.identity import write_public
+from fedfin.files import write_public
 from fedfin.privacy.accounting import borrower_epsilon, calibrate, job_events
 from fedfin.simulation.partition import RULE
 

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from fedfin.cli import app
 from fedfin.cli_output import guarded
-from fedfin.config import LenderConfig, parse_yaml
+from fedfin.config import LenderConfig
 from fedfin.errors import ConfigError
+from fedfin.parsing import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +56,7 @@ def test_invite_prints_the_token_alone_on_standard_output(federation):
     assert done.stdout.startswith("fedfin1_")
     assert len(done.stdout.split()) == 1
     token = done.stdout.strip()
-    from fedfin.identity import Invitation
+    from fedfin.invitation import Invitation
 
     secret = Invitation.from_token(token).secret
     everything = b"".join(path.read_bytes() for path in federation.rglob("*") if path.is_file())

@@ -8,9 +8,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfin.config import FederationConfig, LenderConfig, annotated, load_config, parse_yaml, reference
+from fedfin.config import FederationConfig, LenderConfig
 from fedfin.errors import ConfigError
+from fedfin.parsing import load_config, parse_yaml
 from fedfin.plan import JobPlan
+from fedfin.reference import annotated, reference
 
 FEDERATION = "federation: alps\naddress: fed.example:9092\n"
 LENDER = "name: north\nfederation: alps\ncoordinator: fed.example:9092\ndata: {path: loans.csv}\n"

@@ -21,15 +21,8 @@ from hypothesis import strategies as st
 
 from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
 from fedfin.errors import ConfigError, EnrolmentError
-from fedfin.identity import (
-    Invitation,
-    create_authority,
-    create_lender_keys,
-    private_pem,
-    public_pem,
-    secret_hash,
-    verify_signature,
-)
+from fedfin.identity import create_authority, create_lender_keys, private_pem, public_pem, verify_signature
+from fedfin.invitation import Invitation, secret_hash
 from fedfin.server.enrolment import EnrolmentDesk, enrolment_app
 from fedfin.server.roster import FederationStore
 

@@ -152,7 +152,8 @@ def test_a_lender_killed_mid_round_is_named_missing_and_takes_part_again_when_re
 
 def assert_charges_are_exact(built: Federation, name: str, rounds: int = 4) -> None:
     """Bins and every round once: what an uninterrupted run would have spent."""
-    from fedfin.config import FederationConfig, load_config
+    from fedfin.config import FederationConfig
+    from fedfin.parsing import load_config
 
     plan = load_config(built.config, FederationConfig).job
     noise = calibrate(plan.privacy, sample_rate=plan.training.sample_rate, num_steps=plan.num_steps)
@@ -342,7 +343,7 @@ def test_tokens_are_refused_with_the_reason_over_the_wire(tmp_path):
         other = Federation(tmp_path / "other")
         other.found({})
         foreign = other.fedfin("server", "invite", "north-bank", "--config", other.config).stdout.strip()
-        from fedfin.identity import Invitation
+        from fedfin.invitation import Invitation
 
         parsed = Invitation.from_token(foreign)
         redirected = Invitation(parsed.name, built.address, parsed.fingerprint, parsed.secret).to_token()

@@ -19,11 +19,11 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfin import identity
+from fedfin import files
 from fedfin.errors import ConfigError, EnrolmentError
+from fedfin.files import write_private, write_public
 from fedfin.identity import (
-    LENDER_NAME_PATTERN,
-    Invitation,
+    CertificateAuthority,
     create_authority,
     create_lender_keys,
     load_authority,
@@ -31,11 +31,9 @@ from fedfin.identity import (
     private_pem,
     public_pem,
     save_lender_keys,
-    secret_hash,
     verify_signature,
-    write_private,
-    write_public,
 )
+from fedfin.invitation import LENDER_NAME_PATTERN, Invitation, secret_hash
 
 NAMES = st.from_regex(LENDER_NAME_PATTERN, fullmatch=True)
 ADDRESSES = st.builds(
@@ -312,7 +310,7 @@ def test_a_certificate_of_another_federation_does_not_verify():
 
 def test_a_lender_cannot_issue_certificates_with_its_own():
     lender = AUTHORITY.issue_lender(request_of(KEYS.tls), "north")
-    forged = identity.CertificateAuthority(root=lender, key=KEYS.tls).issue_lender(
+    forged = CertificateAuthority(root=lender, key=KEYS.tls).issue_lender(
         request_of(ec.generate_private_key(ec.SECP256R1())), "south"
     )
     with pytest.raises(verification.VerificationError):
@@ -400,7 +398,7 @@ def test_a_public_file_is_whole_or_not_at_all(tmp_path, monkeypatch, step):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(identity.os if step == "fsync" else type(path), step, full)
+    monkeypatch.setattr(files.os if step == "fsync" else type(path), step, full)
     with pytest.raises(
         ConfigError, match=r"file cannot be written \(No space left on device\); free the disk"
     ):
@@ -418,7 +416,7 @@ def test_a_file_of_mode_0600_is_never_readable_by_others_in_between(tmp_path, mo
             seen.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
         real(descriptor)
 
-    monkeypatch.setattr(identity.os, "fsync", watched)
+    monkeypatch.setattr(files.os, "fsync", watched)
     write_public(tmp_path / "answer", b"noised counts", mode=0o600)
     write_private(tmp_path / "key", b"secret")
     assert seen == [0o600, 0o600]
@@ -428,7 +426,7 @@ def test_a_secret_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(identity.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(ConfigError, match=r"key cannot be written \(No space left on device\)"):
         write_private(tmp_path / "key", b"secret")
     assert list(tmp_path.iterdir()) == []

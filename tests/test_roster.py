@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from fedfin.errors import ConfigError, EnrolmentError, LinkError
-from fedfin.identity import Invitation, secret_hash
+from fedfin.invitation import Invitation, secret_hash
 from fedfin.server.roster import Checkpoint, FederationStore, Member
 
 

@@ -11,7 +11,7 @@ from numpy.testing import assert_array_equal
 from fedfin.credit.binning import Bins, histogram_size
 from fedfin.credit.schema import Schema
 from fedfin.errors import ConfigError, FedfinError, QuorumError
-from fedfin.identity import Invitation
+from fedfin.invitation import Invitation
 from fedfin.plan import JobPlan
 from fedfin.server import rounds
 from fedfin.server.jobs import choose_job

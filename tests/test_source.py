@@ -64,7 +64,7 @@ def test_the_separator_of_a_csv_file_is_that_of_its_header(write_csv, tmp_path, 
 
 def test_csv_may_be_gzipped_begin_with_a_byte_order_mark_and_hold_blank_lines(tmp_path):
     text = "\ufeff" + "\r\n\r\n".join(["income,score,home,bad", *ROWS])
-    (tmp_path / "loans.csv.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "loans.csv.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     assert_are_the_three_loans(read_loans(DataSource(path="loans.csv.gz"), SCHEMA, tmp_path))
 
 
@@ -287,7 +287,12 @@ def test_a_table_keeps_every_cell_as_it_was_read(write_csv, tmp_path):
         ("loans.csv", b"a,a\n1,2\n", DataError, "more than one column named a; rename all but one"),
         ("loans.csv", "a,b\n1,é\n".encode("latin-1"), DataError, "is not UTF-8; export it again as UTF-8"),
         ("loans.csv.gz", b"a,b\n1,2\n", DataError, "is not a whole gzip file; export it again"),
-        ("loans.csv.gz", gzip.compress(b"a,b\n1,2\n" * 99)[:-9], DataError, "is not a whole gzip file"),
+        (
+            "loans.csv.gz",
+            gzip.compress(b"a,b\n1,2\n" * 99, mtime=0)[:-9],
+            DataError,
+            "is not a whole gzip file",
+        ),
         ("loans.parquet", b"PAR1", DataError, "is not a whole Parquet file; export it again"),
         ("loans.xlsx", b"", ConfigError, "data.path is loans.xlsx; give a .csv, .csv.gz or .parquet file"),
     ],
