@@ -1,6 +1,7 @@
 """A real federation, process by process: what a lender's engineer and a coordinator see, and what must go right."""
 
 import contextlib
+import datetime as dt
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -18,6 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from federation import Federation, federation, shares
 
 from fedfin.credit.export import load_model
+from fedfin.errors import LinkError
+from fedfin.identity import load_lender_keys
 from fedfin.privacy.accounting import calibrate, job_events
 from fedfin.privacy.ledger import Ledger
 
@@ -56,11 +60,12 @@ def in_round(built: Federation, name: str, number: int) -> bool:
 
 
 @pytest.mark.timeout(240)
-def test_three_lenders_train_one_model_and_the_public_port_answers_only_them(tmp_path):
+def test_three_lenders_train_one_model_and_the_public_port_answers_only_them(tmp_path, monkeypatch):
     with federation(tmp_path) as built:
         started(built, NAMES, "--once")
         assert_public_port_is_closed_but_for_fleet_health_and_enrolment(built)
         assert_an_unenrolled_node_is_refused(built)
+        assert_a_clock_an_hour_off_is_named(built, monkeypatch)
         assert built.wait_for_end("server") == 0, built.tail("server")
         for name in NAMES:
             assert built.wait_for_end(name) == 0, built.tail(name)
@@ -119,6 +124,34 @@ def assert_an_unenrolled_node_is_refused(built: Federation) -> None:
     with stranger._client() as client, pytest.raises(httpx.HTTPStatusError) as refusal:
         stranger._activate(client)
     assert refusal.value.response.status_code == 412
+
+
+def assert_a_clock_an_hour_off_is_named(built: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node of an enrolled lender whose clock is an hour ahead: Flower refuses its signature, we say why."""
+    from fedfin.client import node as node_module
+
+    class Ahead(dt.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return dt.datetime.now(tz) + dt.timedelta(hours=1)
+
+    node = node_module.Node(
+        built.address,
+        built.config.parent / "ca.pem",
+        load_lender_keys(built.directory / "north-bank" / "keys").node,
+        app=None,
+        state_path=built.directory / "ahead.json",
+        say=lambda _: None,
+        idle=lambda: None,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "flwr.supernode.node_auth_http_interceptor.now",
+            lambda: dt.datetime.now(dt.UTC) + dt.timedelta(hours=1),
+        )
+        patch.setattr(node_module, "dt", SimpleNamespace(datetime=Ahead, UTC=dt.UTC))
+        with pytest.raises(LinkError, match="60 minutes ahead of"):
+            node.run()
 
 
 def assert_nothing_of_one_lender_is_at_the_coordinator(built: Federation) -> None:

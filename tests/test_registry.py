@@ -1,0 +1,57 @@
+"""The coordinator's run directory: what is kept, and what is not."""
+
+import json
+
+import pytest
+from federation import SCHEMA
+
+from fedfin.config import FederationConfig
+from fedfin.credit.schema import Schema
+from fedfin.errors import ConfigError
+from fedfin.plan import JobPlan
+from fedfin.server.registry import RunDirectory
+from fedfin.server.roster import Job
+
+CONFIG = FederationConfig(federation="coop", address="127.0.0.1:9443")
+JOB = Job(
+    "credit-1234", JobPlan().model_dump_json(), JobPlan().digest(), "running", "2026-01-01T00:00:00+00:00"
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    directory = RunDirectory(tmp_path / "runs" / JOB.job_id)
+    directory.begin(CONFIG, JOB, Schema.from_yaml(SCHEMA.read_text(), origin="schema.yaml"), "f" * 64)
+    return directory
+
+
+def test_run_json_says_under_what_the_job_runs_and_a_restart_does_not_rewrite_it(run):
+    before = (run.path / "run.json").read_text()
+    document = json.loads(before)
+    assert document["plan_digest"] == JobPlan().digest()
+    assert document["root_fingerprint"] == "f" * 64
+    assert document["versions"]["flwr"] == "1.41.0"
+    run.begin(CONFIG, JOB, Schema.from_yaml(SCHEMA.read_text(), origin="schema.yaml"), "f" * 64)
+    assert (run.path / "run.json").read_text() == before
+
+
+def test_rounds_are_kept_line_by_line_and_passing_events_are_not(run):
+    run.note({"event": "round_done", "round": 1, "cohort": ["a", "b"], "missing": {}, "seconds": 1.0})
+    run.note({"event": "waiting", "online": [], "for": ["a"], "wanted": 2})
+    run.note({"event": "answer", "round": 1, "lender": "a"})
+    (line,) = (run.path / "rounds.jsonl").read_text().splitlines()
+    assert json.loads(line)["cohort"] == ["a", "b"]
+
+
+def test_a_full_disk_is_named_with_its_mend_and_run_json_stays_whole(run):
+    (run.path / "rounds.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match="free the disk"):
+        run.note({"event": "round_done", "round": 1})
+    assert json.loads((run.path / "run.json").read_text())["job"] == JOB.job_id
+
+
+def test_the_end_of_a_run_names_the_model(run):
+    run.finish("d" * 64)
+    document = json.loads((run.path / "run.json").read_text())
+    assert document["model"] == "d" * 64
+    assert document["completed"]
