@@ -19,7 +19,7 @@ install: $(STAMP)
 # for five seconds; where it cannot be reached, pip's own sources (WHEELS, find-links, a mirror, PyPI) decide.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedfin needs Python 3.11 or newer; name one: make PYTHON=python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	@if $(BIN)/python -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null; then :; \
 	elif test -n "$(WHEELS)"; then $(BIN)/python -m pip install --find-links "$(WHEELS)" torch==2.13.0; \
@@ -43,7 +43,7 @@ check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 docs: $(STAMP)
 	@$(BIN)/python -m fedfin.cli_reference docs

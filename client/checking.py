@@ -6,6 +6,7 @@ from fedfin.client.folder import LenderFolder
 from fedfin.credit.drift import Reference
 from fedfin.credit.quality import QualityReport, check_source
 from fedfin.credit.schema import Schema
+from fedfin.errors import SchemaMismatchError
 
 __all__ = ["check", "check_folder", "check_held_out"]
 
@@ -48,4 +49,7 @@ def check(folder: LenderFolder, schema: Schema) -> QualityReport:
 def _reference(folder: LenderFolder, schema: Schema) -> Reference | None:
     """Return the federation's reference distribution, where the coordinator gave one."""
     path = folder.directory / "reference.json"
-    return Reference.from_json(path.read_text(encoding="utf-8"), schema) if path.exists() else None
+    try:
+        return Reference.from_json(path.read_text(encoding="utf-8"), schema) if path.exists() else None
+    except (SchemaMismatchError, OSError, UnicodeDecodeError):
+        return None  # of an earlier schema, or damaged: drift is left out, and keeps nobody from taking part

@@ -19,13 +19,13 @@ from fedfin.credit.source import Loans
 from fedfin.files import write_public
 from fedfin.plan import JobPlan
 
-__all__ = ["EVALUATION_FILE", "arm_metrics", "evaluate", "predict_released"]
+__all__ = ["EVALUATION_FILE", "arm_metrics", "evaluate", "give_up", "predict_released"]
 
 EVALUATION_FILE: Final = "evaluation.json"
 _SEED: Final = 20_240_101  # of folds and resamples, which reveal nothing: the result stays here
 
 
-def evaluate(model: ReleasedModel, train: Loans, holdout: Loans, directory: Path) -> str:
+def evaluate(model: ReleasedModel, train: Loans, holdout: Loans, directory: Path, *, same_loans: bool) -> str:
     """Judge a released model, write evaluation.json into `directory`, and return one line for the terminal.
 
     Args:
@@ -33,6 +33,8 @@ def evaluate(model: ReleasedModel, train: Loans, holdout: Loans, directory: Path
         train: The lender's training loans; the alone model is made of them, without privacy: it never leaves.
         holdout: Its held-out loans, of both outcomes.
         directory: The model's folder.
+        same_loans: Whether `train` is the snapshot that the job trained on. Where it is not, a loan may have
+            changed sides, and the result says so.
 
     Raises:
         TrainingError: Too few loans of one outcome to make an own model.
@@ -47,6 +49,7 @@ def evaluate(model: ReleasedModel, train: Loans, holdout: Loans, directory: Path
     body: dict[str, Any] = {
         "model": model.digest,
         "job": model.job_id,
+        "same_loans": same_loans,
         "n_train": len(train),
         "n_holdout": len(holdout),
         "alone_kind": alone.architecture.kind,
@@ -58,6 +61,11 @@ def evaluate(model: ReleasedModel, train: Loans, holdout: Loans, directory: Path
         f"on {len(holdout)} held-out loans: AUROC alone {body['arms']['alone']['auc']:.3f}, federated"
         f" {body['arms']['federated']['auc']:.3f}, gain {gain.estimate:+.3f} (95%: {gain.low:+.3f} to {gain.high:+.3f})"
     )
+
+
+def give_up(directory: Path, reason: str) -> None:
+    """Write into evaluation.json why a model cannot be judged."""
+    write_public(directory / EVALUATION_FILE, (json.dumps({"error": reason}) + "\n").encode(), mode=0o600)
 
 
 def predict_released(model: ReleasedModel, loans: Loans) -> NDArray[np.float64]:

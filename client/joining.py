@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import socket
 import ssl
 from pathlib import Path
@@ -20,7 +21,14 @@ from fedfin.credit.schema import Schema
 from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
 from fedfin.errors import ConfigError, EnrolmentError, LinkError
 from fedfin.files import write_public
-from fedfin.identity import LenderKeys, create_lender_keys, fingerprint_of, public_pem, save_lender_keys
+from fedfin.identity import (
+    LenderKeys,
+    create_lender_keys,
+    fingerprint_of,
+    load_lender_keys,
+    public_pem,
+    save_lender_keys,
+)
 from fedfin.invitation import Invitation
 from fedfin.reference import annotated
 
@@ -35,7 +43,8 @@ def join(token: str, directory: Path) -> LenderFolder:
 
     Args:
         token: What `fedfin server invite` printed.
-        directory: A new or empty folder for the lender's keys and bank.yaml.
+        directory: A new or empty folder for the lender's keys and bank.yaml; or that of a try whose answer was
+            lost, which is then finished with the same token.
 
     Returns:
         The lender's folder; its bank.yaml still wants the place of the loans.
@@ -47,23 +56,35 @@ def join(token: str, directory: Path) -> LenderFolder:
         ConfigError: The folder is not empty or cannot be written.
     """
     invitation = Invitation.from_token(token)
-    if directory.exists() and any(directory.iterdir()):
+    unfinished = (directory / "keys" / "witness.key").exists() and not (directory / "bank.yaml").exists()
+    if directory.exists() and any(directory.iterdir()) and not unfinished:
         msg = f"{directory} is not empty; `fedfin client join` never overwrites keys: give a new folder with --dir"
         raise ConfigError(msg)
     root_pem = _pinned_root(invitation)
-    keys = create_lender_keys()
-    answer = _enrol(invitation, root_pem, keys)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
+    except OSError as error:
+        msg = f"{directory} cannot be made ({error.strerror}); give a folder that you may write with --dir"
+        raise ConfigError(msg) from error
+    if unfinished:  # the answer to an earlier try was lost: the same keys get it again
+        keys = load_lender_keys(directory / "keys")
+    else:
+        keys = create_lender_keys()
+        save_lender_keys(
+            keys, directory / "keys"
+        )  # first: a token that is used up must not leave nobody's keys
+    try:
+        answer = _enrol(invitation, root_pem, keys)
+    except EnrolmentError:
+        if not unfinished:  # refused: there is nothing to come back to
+            shutil.rmtree(directory)
+        raise
     certificate = x509.load_pem_x509_certificate(answer.certificate.encode())
     if certificate.public_key() != keys.tls.public_key():
         msg = "the coordinator's certificate is for another key than this lender's; ask its operator, and do not go on"
         raise EnrolmentError(msg)
     schema = Schema.from_yaml(answer.schema_text, origin="the federation's schema")
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        msg = f"{directory} cannot be made ({error.strerror}); give a folder that you may write with --dir"
-        raise ConfigError(msg) from error
-    save_lender_keys(keys, directory / "keys")
     write_public(directory / "ca.pem", root_pem)
     write_public(directory / "certificate.pem", answer.certificate.encode())
     write_public(directory / "schema.yaml", answer.schema_text.encode())
@@ -82,7 +103,7 @@ def join(token: str, directory: Path) -> LenderFolder:
             "    fedfin client --config bank.yaml"
         ),
     )
-    write_public(directory / "bank.yaml", text.encode())
+    write_public(directory / "bank.yaml", text.encode())  # last: with it the folder counts as made
     folder = LenderFolder(directory / "bank.yaml")
     folder.salt()  # made now, so that a salt that is gone later is never made anew in silence
     folder.journal.write("enrolled", federation=answer.federation, root=invitation.fingerprint)

@@ -8,15 +8,16 @@ answer that was kept but not charged never left, so it is made anew.
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedfin.client.evaluation import EVALUATION_FILE, evaluate
+from fedfin.client.evaluation import EVALUATION_FILE, evaluate, give_up
 from fedfin.client.folder import JobFolder, LenderFolder
-from fedfin.client.policy import check_plan, check_size
+from fedfin.client.policy import check_plan, check_size, check_weights
 from fedfin.client.preparation import PreparedLoans, prepare
 from fedfin.client.training import LocalPrivacy, train_locally
 from fedfin.credit.binning import Bins, encode, histogram, histogram_sensitivity
@@ -73,6 +74,14 @@ _REASONS: Final[dict[type[FedfinError], str]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a stage does, and what it is charged: known before a loan is looked at."""
+
+    run: Callable[[], Message]
+    events: tuple[GaussianEvent, ...]
+
+
 class Lender:
     """Answers questions in the name of one lender; one question at a time."""
 
@@ -120,16 +129,21 @@ class Lender:
         """Judge every model that was received and not yet judged; return how many."""
         judged = 0
         for path in sorted(self._folder.models_path.glob("*/model.json")):
-            if not (path.parent / EVALUATION_FILE).exists():
-                self._say(
-                    f"judging model {path.parent.name[:12]} on {len(self._loans.holdout)} held-out loans"
-                )
-                result = evaluate(
-                    load_model(path.parent), self._loans.train, self._loans.holdout, path.parent
-                )
-                self._folder.journal.write("model_evaluated", model=path.parent.name)
-                self._say(result)
-                judged += 1
+            if (path.parent / EVALUATION_FILE).exists():
+                continue
+            self._say(f"judging model {path.parent.name[:12]} on {len(self._loans.holdout)} held-out loans")
+            try:
+                model = load_model(path.parent)
+                accepted = self._folder.job(model.job_id).accepted() or {}
+                same = accepted.get("snapshot") == self._loans.snapshot
+                result = evaluate(model, self._loans.train, self._loans.holdout, path.parent, same_loans=same)
+            except (ConfigError, DataError, TrainingError) as error:
+                # One model that cannot be judged must not keep the others from it, nor be tried for ever.
+                give_up(path.parent, str(error))
+                result = f"model {path.parent.name[:12]} cannot be judged: {error}"
+            self._folder.journal.write("model_evaluated", model=path.parent.name)
+            self._say(result)
+            judged += 1
         return judged
 
     def _answer(self, question: Message, data: bytes) -> bytes:
@@ -218,9 +232,13 @@ class Lender:
         stage: str,
         question: Message,
         data: bytes,
-        make: Callable[[Any, JobPlan], tuple[Message, tuple[GaussianEvent, ...]]],
+        make: Callable[[Any, JobPlan], "_Work"],
     ) -> bytes:
-        """Answer a stage of a job: from what was kept, or by making it, keeping it and charging it."""
+        """Answer a stage of a job: from what was kept, or by making it, keeping it and charging it.
+
+        Whatever is refused before the work looks at no loan. In a private job the work itself always ends in an
+        answer that is kept and charged, a failure too: an uncharged failure would tell what no noise covers.
+        """
         job, plan = self._accepted_job(question.job_id)
         asked = hashlib.sha256(data).digest()
         kept = job.answer(stage)
@@ -235,56 +253,67 @@ class Lender:
         if charged and kept is None and plan.privacy.mode != "none":
             msg = f"{stage} of job {question.job_id} was charged but its answer is gone; it is not made twice"
             raise LedgerError(msg)
-        answer, events = make(question, plan)
+        work = make(question, plan)
+        try:
+            answer = work.run()
+        except Exception as error:
+            if not work.events:
+                raise
+            self._folder.journal.write("work_failed", job=question.job_id, stage=stage, reason=str(error))
+            self._say(f"job {question.job_id}: {stage} failed, and is charged all the same: {error}")
+            answer = Refused(question.job_id, _REASONS[TrainingError])
         encoded = encode_message(answer)
         job.keep_answer(stage, asked + encoded)
         digest = hashlib.sha256(encoded).hexdigest()
-        if events:
-            self._ledger.commit(question.job_id, stage, events, digest)
+        if work.events:
+            self._ledger.commit(question.job_id, stage, work.events, digest)
         self._folder.journal.write("released", job=question.job_id, stage=stage, digest=digest)
         self.job_id = question.job_id
         self._say(f"job {question.job_id}: {stage} answered")
         return encoded
 
-    def _histogram(
-        self, question: AskHistogram, plan: JobPlan
-    ) -> tuple[Histogram, tuple[GaussianEvent, ...]]:
+    def _histogram(self, question: AskHistogram, plan: JobPlan) -> "_Work":
         schema = self._loans.schema
-        counts = histogram(self._loans.train.frame, schema).astype(np.float64)
-        if plan.privacy.mode == "none":
-            return Histogram(question.job_id, counts), ()
-        multiplier = _noise_of(plan).bins_noise_multiplier
-        noised = counts + self._noise.normal(counts.shape, multiplier * histogram_sensitivity(schema))
-        return Histogram(question.job_id, noised), (GaussianEvent(multiplier),)
+        private = plan.privacy.mode != "none"
+        multiplier = _noise_of(plan).bins_noise_multiplier if private else 0.0
 
-    def _train(self, question: Train, plan: JobPlan) -> tuple[Update, tuple[GaussianEvent, ...]]:
+        def run() -> Histogram:
+            counts = histogram(self._loans.train.frame, schema).astype(np.float64)
+            if private:
+                counts += self._noise.normal(counts.shape, multiplier * histogram_sensitivity(schema))
+            return Histogram(question.job_id, counts)
+
+        return _Work(run, (GaussianEvent(multiplier),) if private else ())
+
+    def _train(self, question: Train, plan: JobPlan) -> "_Work":
         training = plan.training
         if not 1 <= question.round <= training.rounds:
             msg = f"round {question.round} is not one of the plan's {training.rounds}"
             raise PolicyRefusalError(msg)
         bins, arch = self._model_of(question, plan)
-        if question.weights.size != num_parameters(arch):
-            msg = f"the coordinator sent {question.weights.size} weights for an architecture of {num_parameters(arch)}"
-            raise SchemaMismatchError(msg)
-        private = plan.privacy.mode == "local"
+        private = plan.privacy.mode != "none"
         multiplier = _noise_of(plan).training_noise_multiplier if private else 0.0
-        delta = train_locally(
-            question.weights,
-            self._encode(bins, arch),
-            self._loans.train.labels,
-            architecture=arch,
-            training=training,
-            privacy=LocalPrivacy(multiplier, plan.privacy.clipping_bound) if private else None,
-            noise=self._noise,
-        )
+
+        def run() -> Update:
+            delta = train_locally(
+                question.weights,
+                self._encode(bins, arch),
+                self._loans.train.labels,
+                architecture=arch,
+                training=training,
+                privacy=LocalPrivacy(multiplier, plan.privacy.clipping_bound) if private else None,
+                noise=self._noise,
+            )
+            return Update(question.job_id, question.round, question.fingerprint, delta)
+
         events = (GaussianEvent(multiplier, training.sample_rate, training.local_steps),) if private else ()
-        return Update(question.job_id, question.round, question.fingerprint, delta), events
+        return _Work(run, events)
 
     def _finish(self, question: Finish) -> Done:
         job = self._folder.job(question.job_id)
         if job.accepted() is None:
             return Done(question.job_id)
-        if question.status == "completed":
+        if question.status == "completed" and not job.is_over():
             _, plan = self._accepted_job(question.job_id, same_loans=False)
             bins, _ = self._model_of(question, plan)
             model = ReleasedModel(
@@ -298,7 +327,9 @@ class Lender:
             )
             save_model(model, self._folder.models_path / model.digest)
             if question.reference:
-                Reference.from_json(question.reference, self._loans.schema)  # refuses what does not fit
+                Reference.from_json(
+                    question.reference, self._loans.schema
+                )  # refuses what does not fit the schema
                 write_public(self._folder.directory / "reference.json", question.reference.encode())
             self._folder.journal.write(
                 "model_kept", job=question.job_id, model=model_digest(model.fingerprint, model.weights)
@@ -339,6 +370,10 @@ class Lender:
         own = model_fingerprint(schema.fingerprint(), bins.fingerprint(), arch)
         require_same_fingerprint(own, question.fingerprint)
         check_size(num_parameters(arch), self._folder.config.policy)
+        if question.weights.size != num_parameters(arch):
+            msg = f"the coordinator sent {question.weights.size} weights for an architecture of {num_parameters(arch)}"
+            raise SchemaMismatchError(msg)
+        check_weights(question.weights)
         return bins, arch
 
     def _encode(self, bins: Bins, arch: Architecture) -> NDArray[np.float32]:

@@ -175,8 +175,14 @@ class Node:
                 heartbeat.raise_if_lost()
                 response = client.PullMessages(PullMessagesRequest(node=node))
                 if response.messages_list:
-                    stub = message_from_proto(response.messages_list[0])
-                    self._handle(client, node, stub, response.message_object_trees[0])
+                    try:
+                        stub = message_from_proto(response.messages_list[0])
+                        self._handle(client, node, stub, response.message_object_trees[0])
+                    except (LinkError, *_LOST):
+                        raise
+                    except Exception as error:  # noqa: BLE001  (Flower inflates what came: it may raise anything)
+                        # A question that did not arrive whole is lost, its round goes on without this lender.
+                        self._say(f"a question did not arrive whole or its answer was not taken: {error!r}")
                     asked_at = time.monotonic()
                     self._idle()
                     continue

@@ -1,10 +1,18 @@
 """What a lender agrees to. The coordinator's word is never enough: every proposal passes here first."""
 
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
 from fedfin.config import LenderPolicy
 from fedfin.errors import PolicyRefusalError
 from fedfin.plan import JobPlan
 
-__all__ = ["check_plan", "check_size"]
+__all__ = ["MAX_WEIGHT", "check_plan", "check_size", "check_weights"]
+
+MAX_WEIGHT: Final = 1e4
+"""Larger weights serve no model; crafted ones make chosen loans overflow."""
 
 
 def check_plan(plan: JobPlan, policy: LenderPolicy) -> None:
@@ -28,6 +36,18 @@ def check_plan(plan: JobPlan, policy: LenderPolicy) -> None:
     if plan.training.rounds > policy.max_rounds:
         msg = f"training.rounds is {plan.training.rounds}, and this lender accepts {policy.max_rounds}; lower it"
         raise PolicyRefusalError(msg)
+    if plan.training.local_steps > policy.max_local_steps:
+        msg = (
+            f"training.local_steps is {plan.training.local_steps}, and this lender accepts {policy.max_local_steps};"
+            " lower it"
+        )
+        raise PolicyRefusalError(msg)
+    if plan.training.weight_bucket < policy.min_weight_bucket:
+        msg = (
+            f"training.weight_bucket is {plan.training.weight_bucket}, which would tell this lender's size too exactly;"
+            f" it accepts {policy.min_weight_bucket} and more"
+        )
+        raise PolicyRefusalError(msg)
     if plan.cohort.min_lenders < policy.min_cohort:
         msg = (
             f"cohort.min_lenders is {plan.cohort.min_lenders}, and this lender joins cohorts of {policy.min_cohort}"
@@ -44,4 +64,15 @@ def check_size(num_parameters: int, policy: LenderPolicy) -> None:
     """
     if num_parameters > policy.max_parameters:
         msg = f"the model has {num_parameters} parameters, and this lender accepts at most {policy.max_parameters}"
+        raise PolicyRefusalError(msg)
+
+
+def check_weights(weights: NDArray[np.float32]) -> None:
+    """Refuse weights that no training makes, without looking at a loan.
+
+    Raises:
+        PolicyRefusalError: A weight is not finite or beyond `MAX_WEIGHT`.
+    """
+    if not np.abs(weights).max(initial=0.0) <= MAX_WEIGHT:
+        msg = f"the coordinator's model has weights beyond {MAX_WEIGHT:g}; it has diverged: start a new job"
         raise PolicyRefusalError(msg)

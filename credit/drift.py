@@ -113,6 +113,12 @@ class Reference(Section):
         if reference.schema_fingerprint != schema.fingerprint():
             msg = "the reference is of another schema; ask the coordinator for the one of this schema"
             raise SchemaMismatchError(msg)
+        wanted = [(column.name, num_cells(column)) for column in schema.features]
+        if [(column.name, len(column.shares)) for column in reference.columns] != wanted or any(
+            not 0 <= share <= 1 for column in reference.columns for share in column.shares
+        ):
+            msg = "the reference does not have the cells of the schema; ask the coordinator for it again"
+            raise SchemaMismatchError(msg)
         return reference
 
     def to_json(self) -> str:

@@ -176,6 +176,24 @@ def roster(
     guarded(work, json_out=json_out, debug=debug)
 
 
+@app.command(epilog="Example:  fedfin server remove north-bank --config fed/federation.yaml")
+def remove(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The lender's name, as `fedfin server roster` lists it.")],
+    config: ConfigOption = _DEFAULT,
+    debug: DebugOption = False,
+) -> None:
+    """Take a lender off the roster: it is not waited for, and cannot connect once the coordinator starts again."""
+
+    def work() -> None:
+        from fedfin.server.founding import open_federation
+
+        open_federation(_chosen(context, config)).store.remove(name)
+        say(f"{name} is removed; start `fedfin server` again if it runs. The name can be invited again.")
+
+    guarded(work, debug=debug)
+
+
 @app.command(epilog="Example:  fedfin server status --config fed/federation.yaml")
 def status(
     context: typer.Context,

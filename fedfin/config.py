@@ -111,7 +111,7 @@ class DataSource(Section):
     @classmethod
     def _no_password(cls, url: str | None) -> str | None:
         if url is not None and (
-            re.search(r"//[^@]*:[^@]+@", url) or re.search(r"[?&](password|passwd|pwd)=", url)
+            re.search(r"//[^@]*:[^@]+@", url) or re.search(r"[?&][^=&]*(pass|pwd|secret|token)[^=&]*=", url)
         ):
             msg = "take the password out of the URL and name the environment variable that holds it in password_env"
             raise ValueError(msg)
@@ -161,6 +161,12 @@ class LenderPolicy(Section):
         default=100_000, ge=1, description="The largest model accepted, in parameters."
     )
     max_rounds: int = Field(default=200, ge=1, description="The most rounds of a job.")
+    max_local_steps: int = Field(default=1000, ge=1, description="The most optimizer steps of a round.")
+    min_weight_bucket: int = Field(
+        default=50,
+        ge=1,
+        description="The smallest weight_bucket accepted: how exactly the coordinator may learn this lender's size.",
+    )
     min_cohort: int = Field(default=2, ge=1, description="The smallest quorum (cohort.min_lenders) accepted.")
 
 

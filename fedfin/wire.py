@@ -31,12 +31,12 @@ THIN_BUNDLE_NAME: Final = "fedfin-no-code"
 
 
 def pull_soon(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
-    """Pull a message's objects, looking again every 0.05 s and for half a minute at most.
+    """Pull a message's objects, looking again every 0.05 s and for ten seconds at most.
 
     Flower's own defaults look again after a whole second, which a round would feel, and for two hours, for which
     a lender that died while it was sending would hold up its coordinator.
     """
-    return pull_objects(object_ids, pull_object_fn, initial_backoff=0.05, backoff_cap=0.4, max_time=30.0)
+    return pull_objects(object_ids, pull_object_fn, initial_backoff=0.05, backoff_cap=0.4, max_time=10.0)
 
 
 def to_record(data: bytes) -> RecordDict:

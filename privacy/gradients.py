@@ -59,7 +59,7 @@ class PerLoanGradients:
     def clipped_sum(
         self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]", clipping_bound: float
     ) -> "NDArray[np.float64]":
-        """Return the sum of the loans' loss gradients, each clipped to the bound.
+        """Return the sum of the loans' loss gradients, each clipped to the bound; one that is not finite counts 0.
 
         The loss is binary cross-entropy, per loan. Norms, clipping and the sum are in float64.
 
@@ -73,7 +73,7 @@ class PerLoanGradients:
 
         Raises:
             PrivacyParameterError: The bound is not positive and finite.
-            TrainingError: A loan, label or gradient is not finite, or shapes do not fit.
+            TrainingError: A loan or label is not finite, or shapes do not fit.
         """
         if not (np.isfinite(clipping_bound) and clipping_bound > 0):
             msg = f"privacy.clipping_bound is {clipping_bound}; it must be a positive number"
@@ -84,9 +84,13 @@ class PerLoanGradients:
             return total
         gradients = self._per_loan(loans, labels)
         norms = np.sqrt(sum(np.einsum("np,np->n", block, block) for block in gradients))
-        if not np.isfinite(norms).all():
-            msg = "a loan's gradient is not finite; the model has diverged: lower training.learning_rate"
-            raise TrainingError(msg)
+        broken = ~np.isfinite(norms)
+        if broken.any():
+            # Never an error: whether there was one would tell, without noise, that a certain loan is in the table
+            # (crafted weights make chosen loans overflow). Such a loan contributes nothing.
+            norms = np.where(broken, 0.0, norms)
+            for block in gradients:
+                block[broken] = 0.0
         factors = np.minimum(1.0, clipping_bound / np.maximum(norms, np.finfo(np.float64).tiny))
         return np.concatenate([factors @ block for block in gradients])
 

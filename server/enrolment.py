@@ -76,7 +76,12 @@ class EnrolmentDesk:
             # from None: the original would print the secret it was given.
             raise EnrolmentError(msg) from None
         hashed = secret_hash(request.name, request.secret)
-        self._store.check_invitation(request.name, hashed)
+        before = self._store.enrolled_by(request.name, hashed)
+        if before is None or (before.node_key, before.identity_key, before.witness_key) != tuple(
+            keys.values()
+        ):
+            before = None
+            self._store.check_invitation(request.name, hashed)
         if set(request.signatures) != set(keys) or len(set(keys.values())) != len(keys):
             msg = "the enrolment must be signed by three different keys; run `fedfin client join` again"
             raise EnrolmentError(msg)
@@ -87,6 +92,11 @@ class EnrolmentDesk:
                 msg = f"the signature of the {role} key is malformed; run `fedfin client join` again"
                 raise EnrolmentError(msg) from error
             verify_signature(key, signature, request.transcript())
+        if before is not None:
+            # The same lender, token and keys: the first answer was lost on its way, and is given again.
+            return EnrolmentAnswer(
+                certificate=before.certificate, schema_text=self._schema_text(), federation=self._federation
+            )
         certificate = self._authority.issue_lender(certificate_request, request.name)
         pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
         schema_text = self._schema_text()

@@ -117,7 +117,9 @@ def found(directory: Path, *, name: str, address: str, schema_text: str, job: di
     server_key = ec.generate_private_key(ec.SECP256R1())
     certificate = authority.issue_server(server_key, tuple(dict.fromkeys((host, *_LOCAL))))
     try:
-        (directory / "keys").mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        directory.chmod(0o700)
+        (directory / "keys").mkdir(mode=0o700)
     except OSError as error:
         msg = f"{directory} cannot be made ({error.strerror}); give a folder that you may write"
         raise ConfigError(msg) from error

@@ -12,6 +12,7 @@ Private parts of flwr 1.41 used here are held to a contract by tests/test_link.p
 """
 
 import asyncio
+import base64
 import contextlib
 import hmac
 import json
@@ -19,7 +20,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +32,7 @@ from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.auth.typing import AccountInfo
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, TaskType
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLWR_IN_MEMORY_DB_NAME, TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
@@ -46,7 +47,10 @@ from fedfin.server.founding import Federation, open_federation
 from fedfin.server.roster import Member
 from fedfin.wire import THIN_BUNDLE_NAME
 
-__all__ = ["FleetOnly", "RuntimeOnly", "main", "open_socket"]
+__all__ = ["MAX_BODY", "FleetOnly", "RuntimeOnly", "main", "open_socket"]
+
+MAX_BODY: Final = 128 * 1024 * 1024
+"""Bytes of one request of a lender: a model of thirty million parameters."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -78,9 +82,11 @@ clientapp = "fedfin.client.app:app"
 class FleetOnly:
     """The public door: Flower's Fleet API, its health, and our enrolment; all else is 404, unseen by Flower."""
 
-    def __init__(self, superlink: App, enrolment: App) -> None:
+    def __init__(self, superlink: App, enrolment: App, knows: Callable[[bytes], bool]) -> None:
+        """Prepare the door; `knows` tells whether a node key (as Flower's header carries it) is enrolled."""
         self._superlink = superlink
         self._enrolment = enrolment
+        self._knows = knows
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass or refuse one ASGI scope."""
@@ -88,8 +94,17 @@ class FleetOnly:
             await self._superlink(scope, receive, send)
         elif scope["type"] != "http":
             await _refuse_scope(send)
-        elif _path_is(scope, "/v1/fleet/") or scope["path"] == "/health":
+        elif scope["path"] == "/health":
             await self._superlink(scope, receive, send)
+        elif _path_is(scope, "/v1/fleet/"):
+            # Flower reads a whole body before it looks at the signature: strangers are turned away unread.
+            headers = dict(scope["headers"])
+            if not self._knows(headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode(), b"")):
+                await _json(send, 401, {"error": "this node key is not enrolled here"})
+            elif _length(headers) > MAX_BODY:
+                await _json(send, 413, {"error": f"a message may hold {MAX_BODY} bytes"})
+            else:
+                await self._superlink(scope, _bounded(receive), send)
         elif scope["path"] == "/v1/enrol" or _path_is(scope, "/v1/enrol/"):
             await self._enrolment(scope, receive, send)
         else:
@@ -170,11 +185,12 @@ async def _serve(federation: Federation, secret: str) -> None:
     )
     public = uvicorn.Server(
         uvicorn.Config(
-            FleetOnly(superlink, enrolment_app(desk)),
+            FleetOnly(superlink, enrolment_app(desk), lambda header: _is_enrolled(state, header)),
             log_level="error",
             access_log=False,
             timeout_graceful_shutdown=_GRACE_S,
             timeout_keep_alive=75,
+            limit_concurrency=1000,
             ssl_certfile=str(federation.server_certificate_path),
             ssl_keyfile=str(federation.server_key_path),
             server_header=False,
@@ -270,6 +286,34 @@ def _when_stdin_closes(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> 
         sys.stdin.read()
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(stop.set)
+
+
+def _is_enrolled(state: LinkState, header: bytes) -> bool:
+    try:
+        key = base64.b64decode(header, validate=True)
+    except ValueError:
+        return False
+    return bool(key) and state.get_node_id_by_public_key(key) is not None
+
+
+def _length(headers: Mapping[bytes, bytes]) -> int:
+    try:
+        return int(headers.get(b"content-length", b"0"))
+    except ValueError:
+        return MAX_BODY + 1
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Cut a body that grows beyond the bound without having said so."""
+    seen = 0
+
+    async def bounded() -> MutableMapping[str, Any]:
+        nonlocal seen
+        part = await receive()
+        seen += len(part.get("body", b""))
+        return {"type": "http.disconnect"} if seen > MAX_BODY else part
+
+    return bounded
 
 
 def _path_is(scope: Scope, prefix: str) -> bool:

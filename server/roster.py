@@ -155,6 +155,26 @@ class FederationStore:
         with self._read() as db:
             self._check_invitation(db, name, secret_hash, dt.datetime.now(dt.UTC))
 
+    def enrolled_by(self, name: str, secret_hash: str) -> Member | None:
+        """Return the member that used this very invitation, or None."""
+        with self._read() as db:
+            used = db.execute(
+                "SELECT 1 FROM invitations WHERE name = ? AND secret_hash = ? AND used_at IS NOT NULL",
+                (name, secret_hash),
+            ).fetchone()
+        return next((member for member in self.members() if member.name == name), None) if used else None
+
+    def remove(self, name: str) -> None:
+        """Take a member off the roster; its name can be invited again.
+
+        Raises:
+            EnrolmentError: Nobody of that name is enrolled.
+        """
+        with self._write() as db:
+            if db.execute("DELETE FROM members WHERE name = ?", (name,)).rowcount == 0:
+                msg = f"{name} is not enrolled; `fedfin server roster` lists who is"
+                raise EnrolmentError(msg)
+
     def members(self) -> tuple[Member, ...]:
         """Return the roster, by name."""
         with self._read() as db:

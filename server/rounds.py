@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedfin.credit.binning import bins_from_histogram, histogram_sensitivity, histogram_size
-from fedfin.credit.drift import Reference
+from fedfin.credit.drift import Reference, num_cells
 from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint
 from fedfin.credit.schema import Schema
 from fedfin.errors import DataError, FedfinError, QuorumError
@@ -174,6 +174,7 @@ class _Runner:
 
     def make_bins(self) -> Checkpoint:
         """Sum the lenders' histograms, place the bins, and make the first checkpoint."""
+        noise = self._bins_noise()
         while True:
             here = self._wait_for_quorum()
             answers = self._exchange.ask(
@@ -184,25 +185,18 @@ class _Runner:
             cells = histogram_size(self._schema)
             counts: list[NDArray[np.float64]] = []
             for name, reply in self._sorted_out(answers):
-                if isinstance(reply, Histogram) and reply.counts.shape == (cells,):
-                    counts.append(reply.counts)
-                else:
+                if not isinstance(reply, Histogram) or reply.counts.shape != (cells,):
                     answers.failures[name] = f"its histogram does not have the schema's {cells} cells"
+                elif (problem := self._implausible(reply.counts, noise)) is not None:
+                    answers.failures[name] = problem
+                else:
+                    counts.append(self._capped(reply.counts))
             self._say({"event": "bins", "lenders": len(counts), "missing": answers.failures})
             if len(counts) >= self._plan.cohort.min_lenders:
                 break
             time.sleep(_WAIT_S)
         total = np.sum(counts, axis=0)
-        noise = 0.0
-        if self._plan.privacy.mode != "none":
-            calibrated = calibrate(
-                self._plan.privacy,
-                sample_rate=self._plan.training.sample_rate,
-                num_steps=self._plan.num_steps,
-            )
-            noise = (
-                calibrated.bins_noise_multiplier * histogram_sensitivity(self._schema) * len(counts) ** 0.5
-            )
+        total_noise = noise * len(counts) ** 0.5
         bins = bins_from_histogram(total, self._schema, self._plan.model.max_bins)
         arch = architecture_of(self._plan.model, self._schema, bins)
         checkpoint = Checkpoint(
@@ -210,10 +204,38 @@ class _Runner:
             bins=bins.to_json(),
             fingerprint=model_fingerprint(self._schema.fingerprint(), bins.fingerprint(), arch),
             weights=initial_weights(arch, self._plan.model.seed),
-            reference=_reference(total, self._schema, noise),
+            reference=_reference(total, self._schema, total_noise),
         )
         self._store.save_checkpoint(self._job_id, checkpoint)
         return checkpoint
+
+    def _bins_noise(self) -> float:
+        """Return the standard deviation of one lender's noise in one cell, in loans."""
+        privacy, training = self._plan.privacy, self._plan.training
+        if privacy.mode == "none":
+            return 0.0
+        calibrated = calibrate(privacy, sample_rate=training.sample_rate, num_steps=self._plan.num_steps)
+        return calibrated.bins_noise_multiplier * histogram_sensitivity(self._schema)
+
+    def _implausible(self, counts: NDArray[np.float64], noise: float) -> str | None:
+        """Return why a lender's histogram cannot be one: every loan is once in every column, noise apart."""
+        totals = self._totals(counts)
+        spread = 8.0 * noise * max(num_cells(column) for column in self._schema.features) ** 0.5 + 0.5
+        if not np.isfinite(totals).all() or np.ptp(totals) > 2 * spread:
+            return "the columns of its histogram do not count the same loans"
+        if counts.min(initial=0.0) < -8.0 * noise - 0.5:
+            return "its histogram has cells further below zero than noise puts them"
+        return None
+
+    def _capped(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Scale a histogram down to the weight cap, so that no lender alone places the bins."""
+        total = float(np.mean(self._totals(counts)))
+        return counts * min(1.0, self._plan.training.weight_cap / max(total, 1.0))
+
+    def _totals(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        ends = np.cumsum([num_cells(column) for column in self._schema.features])
+        with np.errstate(over="ignore", invalid="ignore"):  # absurd counts become what is refused
+            return np.array([part.sum() for part in np.split(counts, ends[:-1])])
 
     def round(self, before: Checkpoint) -> Checkpoint:
         """Run the next round until it has a quorum of updates; return the checkpoint after it."""

@@ -27,8 +27,7 @@ _APP: Final = "fedfin.server.app"
 _EXIT_LINK_LOST: Final = 75  # as in server/app, which cannot be imported here without importing Flower
 _READY_S: Final = 90.0
 _STOP_S: Final = 3.0
-_MAX_FAST_DEATHS: Final = 5
-_FAST_S: Final = 20.0
+_MAX_DEATHS: Final = 5  # without a round done between them
 
 
 def supervise(
@@ -88,7 +87,17 @@ class _Child:
         with contextlib.suppress(BrokenPipeError):
             stdin.write(json.dumps(order).encode() + b"\n")
             stdin.flush()
-        threading.Thread(target=self._read, args=(_pipe(self.process.stdout), events), daemon=True).start()
+        self._reader = threading.Thread(
+            target=self._read, args=(_pipe(self.process.stdout), events), daemon=True
+        )
+        self._reader.start()
+
+    def status(self) -> int | None:
+        """Return the exit status once the process has ended and all it said is in the queue."""
+        if self.process.poll() is None:
+            return None
+        self._reader.join(_STOP_S)
+        return self.process.returncode
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -122,43 +131,62 @@ class _Pair:
         self._events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         self._link: _Child | None = None
         self._app: _Child | None = None
-        self._deaths: list[float] = []
+        self._deaths = 0
+        self._completed = False
+        self._failure: str | None = None
 
     def run(self, *, new_job: bool, stop: threading.Event, enrol_only: bool) -> None:
-        failure: str | None = None
         link, order = self._start_link(new_job=new_job)
         while enrol_only and not stop.wait(0.1):
-            if link.process.poll() is not None:
+            if link.status() is not None:
                 self._count_death("the SuperLink")
                 link, order = self._start_link(new_job=new_job)
         if enrol_only:
             return
         app = self._start_app(order)
         while not stop.is_set():
-            with contextlib.suppress(queue.Empty):
-                module, event = self._events.get(timeout=0.1)
-                if module == _APP and event.get("event") == "failed":
-                    failure = str(event.get("reason"))
-                elif module == _APP:
-                    self._on_event(event)
-                    # From here on the job exists: a restart goes on with it instead of starting another.
-                    order["new_job"] = order["new_job"] and event.get("event") not in {"started", "resumed"}
-                continue
-            if link.process.poll() is not None:
-                self._count_death("the SuperLink")
-                self._on_event({"event": "link_died", "status": link.process.returncode})
-                app.end(time.monotonic() + _STOP_S)
-                link, order = self._start_link(new_job=order["new_job"])
-                app = self._start_app(order)
-            elif (status := app.process.poll()) is not None:
-                if status == 0:
+            status, link_status = app.status(), link.status()  # before the queue: what they said comes first
+            if not self._hear(order):
+                if status == 0 and self._completed:
                     return
-                if failure is not None:
-                    raise LinkError(failure)
-                if status != _EXIT_LINK_LOST or link.process.poll() is None:
-                    self._count_death("the ServerApp")
-                    self._on_event({"event": "app_died", "status": status})
+                if link_status is not None:
+                    self._count_death("the SuperLink")
+                    self._on_event({"event": "link_died", "status": link_status})
+                    app.end(time.monotonic() + _STOP_S)
+                    link, order = self._start_link(new_job=order["new_job"])
                     app = self._start_app(order)
+                elif status is not None:
+                    if self._failure is not None:
+                        raise LinkError(self._failure)
+                    if status != _EXIT_LINK_LOST or link.process.poll() is None:
+                        self._count_death("the ServerApp")
+                        self._on_event({"event": "app_died", "status": status})
+                        app = self._start_app(order)
+
+    def _hear(self, order: dict[str, Any]) -> bool:
+        """Pass on one event; return False when there was none for a moment."""
+        try:
+            module, event = self._events.get(timeout=0.1)
+        except queue.Empty:
+            return False
+        if module != _APP:
+            return True
+        match event.get("event"):
+            case "failed":
+                self._failure = str(event.get("reason"))
+                return True
+            case "completed":
+                self._completed = True
+            case "started" | "resumed":
+                order["new_job"] = (
+                    False  # the job exists: a restart goes on with it instead of starting another
+                )
+            case "round_done" | "bins":
+                self._deaths = 0
+            case _:
+                pass
+        self._on_event(event)
+        return True
 
     def stop(self) -> None:
         until = time.monotonic() + _STOP_S
@@ -196,10 +224,9 @@ class _Pair:
         return self._app
 
     def _count_death(self, what: str) -> None:
-        now = time.monotonic()
-        self._deaths = [at for at in self._deaths if now - at < _FAST_S] + [now]
-        if len(self._deaths) > _MAX_FAST_DEATHS:
-            msg = f"{what} died {len(self._deaths)} times within {_FAST_S:g} s; link.log and serverapp.log say why"
+        self._deaths += 1
+        if self._deaths > _MAX_DEATHS:
+            msg = f"{what} died {self._deaths} times without a round between; link.log and serverapp.log say why"
             raise LinkError(msg)
 
 

@@ -41,6 +41,7 @@ __all__ = ["ArmMetrics", "DemoResult", "LenderResult", "demo_schema_text", "run_
 MIN_LENDERS: Final = 2
 MAX_LENDERS: Final = 8
 _END_S: Final = 10.0
+_JUDGE_S: Final = 600.0
 
 Say = Callable[[Mapping[str, Any]], None]
 ArmMetrics = dict[str, float]
@@ -289,7 +290,12 @@ class _Houses:
 
     def _wait(self, done: Callable[[], bool], stop: threading.Event, *, judging: bool = False) -> None:
         judged: set[str] = set()
+        until = time.monotonic() + _JUDGE_S
         while not done():
+            if judging and time.monotonic() > until:
+                late = sorted(set(self._lenders) - judged)
+                msg = f"{', '.join(late)} did not judge the model within {_JUDGE_S:g} s; see {self.directory}/lenders"
+                raise LinkError(msg)
             if stop.wait(0.1):
                 raise KeyboardInterrupt
             self._raise_failure()

@@ -328,8 +328,10 @@ def test_a_field_that_is_missing_is_refused(federation, field):
 
 def test_a_used_token_is_refused(federation):
     request = request_for(federation.invite())
-    federation.desk.enrol(body_of(request))
-    assert "a token works once" in refused(federation, body_of(request))
+    first = federation.desk.enrol(body_of(request))
+    # the same lender with the same keys lost the answer on its way: it is given again, and nobody is enrolled twice
+    assert federation.desk.enrol(body_of(request)) == first
+    assert len(federation.store.members()) == 1
     other = Invitation("north", "fed.example:9092", AUTHORITY.fingerprint, request.secret)
     assert "a token works once" in refused(federation, body_of(request_for(other, keys=OTHERS)))
 

@@ -123,7 +123,7 @@ def assert_an_unenrolled_node_is_refused(built: Federation) -> None:
     )
     with stranger._client() as client, pytest.raises(httpx.HTTPStatusError) as refusal:
         stranger._activate(client)
-    assert refusal.value.response.status_code == 412
+    assert refusal.value.response.status_code == 401
 
 
 def assert_a_clock_an_hour_off_is_named(built: Federation, monkeypatch: pytest.MonkeyPatch) -> None:

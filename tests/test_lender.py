@@ -141,6 +141,8 @@ def test_two_histograms_of_two_lenders_with_the_same_loans_differ_by_their_noise
         ({"privacy": PrivacyPlan(epsilon=50.0)}, "budget"),
         ({"privacy": PrivacyPlan(delta=1e-3)}, "privacy.delta"),
         ({"training": TrainingPlan(rounds=5000)}, "training.rounds"),
+        ({"training": TrainingPlan(local_steps=5000)}, "training.local_steps"),
+        ({"training": TrainingPlan(weight_bucket=1)}, "training.weight_bucket"),
     ],
 )
 def test_a_plan_outside_the_policy_is_refused_and_logged_and_reserves_nothing(bank, change, word):
@@ -159,6 +161,33 @@ def test_a_model_larger_than_the_policy_allows_is_refused(tmp_path):
     lender.answer(proposal())
     histogram = lender.answer(BINS)
     assert "parameters" in refusal(lender, train_request(histogram, 1))
+
+
+def test_crafted_weights_are_refused_without_looking_at_a_loan_and_cost_nothing(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    assert "beyond" in refusal(lender, train_request(histogram, 1, shift=3e38))
+    assert commits(bank) == ["bins"]
+
+
+def test_work_that_fails_is_charged_like_work_that_succeeds_and_not_done_again(bank, monkeypatch):
+    """A failure that cost nothing could be asked for again and again, and would tell what no noise covers."""
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    question = train_request(histogram, 1)
+
+    def fails(*_args, **_kwargs):
+        raise FloatingPointError("row 17")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedfin.client.lender.train_locally", fails)
+        first = lender.answer(question)
+    assert "row 17" not in decode(first, Refused).reason
+    assert commits(bank) == ["bins", "round 1"]
+    assert lender.answer(question) == first
+    assert "another model" in refusal(lender, train_request(histogram, 1, shift=0.5))
 
 
 def test_what_was_not_accepted_is_not_answered(bank):
@@ -227,6 +256,40 @@ def test_the_end_of_a_job_keeps_the_model_and_frees_what_was_not_spent(bank):
     assert lender.evaluate_pending() == 0
     # the second job is refused or accepted by what is left, never by what was reserved and freed
     decode(lender.answer(proposal(job="credit-5678")), Accepted)
+
+
+def test_a_finished_job_takes_no_second_model_and_a_bad_one_keeps_no_other_from_being_judged(bank):
+    lender = open_lender(bank)
+    for job in (JOB, "credit-5678"):
+        lender.answer(proposal(plan(privacy=PrivacyPlan(epsilon=0.5)), job=job))
+        histogram = lender.answer(encode(AskHistogram(job)))
+        asked = decode(train_request(histogram, 1, job=job), Train)
+        for shift in (0.0, 1.0):
+            weights = asked.weights + np.float32(shift)
+            lender.answer(encode(Finish(job, "completed", 3, asked.bins, asked.fingerprint, weights)))
+    models = sorted((bank.parent / "models").glob("*/model.json"))
+    assert len(models) == 2
+    (models[0].parent / "model.safetensors").write_bytes(b"damaged")
+    assert lender.evaluate_pending() == 2
+    results = [json.loads((model.parent / "evaluation.json").read_text()) for model in models]
+    assert "error" in results[0]
+    assert "arms" in results[1]
+    assert lender.evaluate_pending() == 0
+
+
+def test_a_reference_that_does_not_fit_is_refused_and_a_damaged_one_keeps_nobody_out(bank):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    asked = decode(train_request(histogram, 1), Train)
+    reference = json.dumps(
+        {"schema_fingerprint": schema().fingerprint(), "num_loans": 1.0, "noise_stddev": 0.0, "columns": []}
+    )
+    finish = Finish(JOB, "completed", 3, asked.bins, asked.fingerprint, asked.weights, reference)
+    assert "reference" in refusal(lender, encode(finish))
+    lender.close()
+    (bank.parent / "reference.json").write_text("{}")
+    open_lender(bank).close()
 
 
 def test_an_abandoned_job_frees_its_budget(bank):

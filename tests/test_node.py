@@ -178,6 +178,16 @@ def test_a_restarted_node_gives_up_its_old_place_first(tmp_path):
     assert recorder.calls[:2] == ["DeactivateNode", "ActivateNode"]
 
 
+def test_a_question_that_does_not_arrive_whole_is_lost_and_the_node_goes_on(tmp_path):
+    node, recorder, said = node_with(
+        tmp_path, to_record(encode(Propose("job-1", "{}", "f"))), StubbedLender()
+    )
+    recorder._objects = dict.fromkeys(recorder._objects, b"junk")
+    node.run()
+    assert any("did not arrive whole" in line for line in said)
+    assert "PushMessages" not in recorder.calls
+
+
 def test_a_lost_connection_is_made_again(tmp_path):
     node, recorder, said = node_with(
         tmp_path, to_record(encode(Propose("job-1", "{}", "f"))), StubbedLender()

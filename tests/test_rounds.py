@@ -9,6 +9,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from fedfin.credit.binning import Bins, histogram_size
+from fedfin.credit.drift import num_cells
 from fedfin.credit.schema import Schema
 from fedfin.errors import ConfigError, FedfinError, QuorumError
 from fedfin.invitation import Invitation
@@ -80,8 +81,7 @@ class Lender:
             case Propose():
                 return Accepted(question.job_id, self.weight)
             case AskHistogram():
-                counts = np.arange(histogram_size(SCHEMA), dtype=np.float64)
-                return Histogram(question.job_id, counts * self.weight)
+                return Histogram(question.job_id, self.histogram())
             case Train():
                 delta = (np.float32(self.target) - question.weights) * np.float32(0.5)
                 return Update(question.job_id, question.round, question.fingerprint, delta)
@@ -90,6 +90,16 @@ class Lender:
                 if question.status == "completed":
                     self.models[question.job_id] = question.weights
                 return Done(question.job_id)
+
+    def histogram(self):
+        """Return as many loans in every column as the weight says, more in each cell than in the one before."""
+        sizes = [num_cells(column) for column in SCHEMA.features]
+        return np.concatenate([self.weight * np.arange(1, n + 1) * 2.0 / (n * (n + 1)) for n in sizes])
+
+    def histogram_with(self, count):
+        counts = self.histogram()
+        counts[0] = count
+        return counts
 
     def questions(self, kind):
         return [question for question in self.asked if isinstance(question, kind)]
@@ -226,8 +236,8 @@ def test_every_round_is_the_weighted_mean_of_the_updates(house):
 
 def test_the_bins_are_of_the_summed_histograms(house):
     final = house.run(plan_with(model={"max_bins": 2}))
-    # cell i counts i loans in proportion: half of the 0 + 1 + ... + 7 lie below the edge of cell 5
-    assert Bins.from_json(final.bins).edges == (("income", (0.0, 6.0, 8.0)),)
+    # the eight cells count 1, 2, ... 8 in proportion: half of the 36 lie below the middle of the sixth
+    assert Bins.from_json(final.bins).edges == (("income", (0.0, 5.0, 8.0)),)
 
 
 def test_all_lenders_are_asked_the_same_and_no_more(house):
@@ -768,3 +778,14 @@ def test_an_update_beyond_what_the_plans_steps_can_reach_is_put_down_to_its_lend
         assert line["cohort"] == ["east", "north"]
         assert "steps can reach" in line["missing"]["south"]
     assert np.abs(final.weights).max() < 1e3
+
+
+@pytest.mark.parametrize("counts", [1.7e308, 1e12, -1e6])
+def test_an_absurd_histogram_is_put_down_to_its_lender_and_ends_no_job(house, counts):
+    cells = house.lenders["south"].histogram_with(counts)
+    house.lenders["south"].instead[AskHistogram] = lambda question: Histogram(question.job_id, cells)
+    final = house.run(plan_with(privacy={"mode": "none"}))
+    (event,) = house.said("bins")
+    assert event["lenders"] == 2
+    assert "south" in event["missing"]
+    assert final.round == 3
