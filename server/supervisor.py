@@ -200,6 +200,8 @@ class _Pair:
         secret = secrets.token_hex(32)
         config = str(self._federation.config_path)
         log_path = self._federation.directory / "link.log"
+        if self._link is not None:
+            self._link.close()
         link = self._link = _Child(_LINK, {"config": config, "secret": secret}, log_path, self._events)
         until = time.monotonic() + _READY_S
         while time.monotonic() < until:
@@ -220,6 +222,8 @@ class _Pair:
         raise LinkError(msg)
 
     def _start_app(self, order: Mapping[str, Any]) -> _Child:
+        if self._app is not None:
+            self._app.close()
         self._app = _Child(_APP, order, self._federation.directory / "serverapp.log", self._events)
         return self._app
 
