@@ -26,7 +26,7 @@ from fedfin.privacy.accounting import calibrate, job_events
 from fedfin.privacy.ledger import Ledger
 
 NAMES = ("north-bank", "harbour-micro", "lane-micro")
-LONG_ROUNDS = {"training": {"rounds": 4, "local_steps": 250, "sample_rate": 0.5, "learning_rate": 0.01}}
+LONG_ROUNDS = {"training": {"rounds": 4, "local_steps": 400, "sample_rate": 0.5, "learning_rate": 0.01}}
 
 
 def started(built: Federation, names: tuple[str, ...] = NAMES, *options: str, **policy: object) -> None:
@@ -258,7 +258,8 @@ def test_below_quorum_the_coordinator_waits_saying_for_whom_and_goes_on_when_the
 
 @pytest.mark.slow
 def test_ctrl_c_stops_the_coordinator_and_its_processes_within_five_seconds(tmp_path):
-    with federation(tmp_path, **LONG_ROUNDS) as built:
+    many = {**LONG_ROUNDS, "training": {**LONG_ROUNDS["training"], "rounds": 40}}
+    with federation(tmp_path, **many) as built:
         started(built)
         built.wait(lambda: in_round(built, "north-bank", 2), "round 2", timeout_s=90)
         children = [built.child("fedfin.server.link"), built.child("fedfin.server.app")]
