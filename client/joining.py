@@ -167,6 +167,8 @@ def _enrol(invitation: Invitation, root_pem: bytes, keys: LenderKeys) -> Enrolme
             f"the coordinator's answer (status {status}) does not parse; both sides must run the same release"
         )
         raise LinkError(msg) from error
+    if status != 403:
+        raise LinkError(reason)  # the coordinator's own trouble: the keys are kept for another try
     raise EnrolmentError(reason)
 
 

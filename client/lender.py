@@ -141,7 +141,9 @@ class Lender:
                 # One model that cannot be judged must not keep the others from it, nor be tried for ever.
                 give_up(path.parent, str(error))
                 result = f"model {path.parent.name[:12]} cannot be judged: {error}"
-            self._folder.journal.write("model_evaluated", model=path.parent.name)
+                self._folder.journal.write("evaluation_failed", model=path.parent.name, reason=str(error))
+            else:
+                self._folder.journal.write("model_evaluated", model=path.parent.name)
             self._say(result)
             judged += 1
         return judged
@@ -325,12 +327,10 @@ class Lender:
                 fingerprint=question.fingerprint,
                 weights=question.weights,
             )
-            save_model(model, self._folder.models_path / model.digest)
             if question.reference:
-                Reference.from_json(
-                    question.reference, self._loans.schema
-                )  # refuses what does not fit the schema
+                Reference.from_json(question.reference, self._loans.schema)  # refused before anything is kept
                 write_public(self._folder.directory / "reference.json", question.reference.encode())
+            save_model(model, self._folder.models_path / model.digest)
             self._folder.journal.write(
                 "model_kept", job=question.job_id, model=model_digest(model.fingerprint, model.weights)
             )

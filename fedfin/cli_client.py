@@ -189,6 +189,12 @@ def _show_report(report: Any, what: str) -> None:  # noqa: ANN401  (fedfin.credi
         )
 
 
+def _gain(model: dict[str, Any]) -> str:
+    if model.get("error"):
+        return "cannot be judged"
+    return f"{model['gain']['auc']:+.3f}" if model.get("gain") else "not judged yet"
+
+
 def _counts(column: Any) -> tuple[int, ...]:  # noqa: ANN401  (as above)
     return (
         column.num_missing,
@@ -217,7 +223,11 @@ def _show_status(document: dict[str, Any]) -> None:
                 f"{model['arms'][arm]['auc']:.3f}" if model.get("arms") else "-"
                 for arm in ("alone", "federated")
             ),
-            f"{model['gain']['auc']:+.3f}" if model.get("gain") else "not judged yet",
+            f"{model['gain']['auc']:+.3f}"
+            if model.get("gain")
+            else "cannot be judged"
+            if model.get("error")
+            else "not judged yet",
         ]
         for model in document["models"]
     ]

@@ -299,6 +299,12 @@ class _View:
                 )
             case "bins":
                 self._line(f"bins placed from {event['lenders']} lenders' histograms")
+            case "bins_short":
+                missing = "; ".join(f"{name} ({why})" for name, why in event["missing"].items())
+                self._line(
+                    f"{event['lenders']} histograms are too few for the bins, again: {missing}",
+                    style="yellow",
+                )
             case "delivered" if event["missing"]:
                 self._line(
                     f"still without the model: {', '.join(event['missing'])}; run `fedfin server` again later",

@@ -20,7 +20,17 @@ from fedfin.server.roster import Job
 __all__ = ["RunDirectory"]
 
 _KEPT: Final = frozenset(
-    {"cohort", "bins", "round_done", "round_short", "refused", "unanswered", "delivered", "accepted"}
+    {
+        "cohort",
+        "bins",
+        "bins_short",
+        "round_done",
+        "round_short",
+        "refused",
+        "unanswered",
+        "delivered",
+        "accepted",
+    }
 )
 
 

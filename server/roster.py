@@ -109,7 +109,7 @@ class FederationStore:
         expires = dt.datetime.now(dt.UTC) + dt.timedelta(hours=TOKEN_HOURS)
         with self._write() as db:
             if db.execute("SELECT 1 FROM members WHERE name = ?", (invitation.name,)).fetchone():
-                msg = f"{invitation.name} is enrolled already; invite it under another name, or keep the old keys"
+                msg = f"{invitation.name} is enrolled already; take another name, or `fedfin server remove` it first"
                 raise EnrolmentError(msg)
             db.execute(
                 "INSERT OR REPLACE INTO invitations VALUES (?, ?, ?, NULL)",
@@ -174,6 +174,8 @@ class FederationStore:
             if db.execute("DELETE FROM members WHERE name = ?", (name,)).rowcount == 0:
                 msg = f"{name} is not enrolled; `fedfin server roster` lists who is"
                 raise EnrolmentError(msg)
+            # Nobody waits for its answer or its confirmation any more, and a newcomer of that name is a newcomer.
+            db.execute("DELETE FROM answers WHERE name = ?", (name,))
 
     def members(self) -> tuple[Member, ...]:
         """Return the roster, by name."""

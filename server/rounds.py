@@ -191,8 +191,10 @@ class _Runner:
                     answers.failures[name] = problem
                 else:
                     counts.append(self._capped(reply.counts))
-            self._say({"event": "bins", "lenders": len(counts), "missing": answers.failures})
-            if len(counts) >= self._plan.cohort.min_lenders:
+            enough = len(counts) >= self._plan.cohort.min_lenders
+            event = "bins" if enough else "bins_short"
+            self._say({"event": event, "lenders": len(counts), "missing": answers.failures})
+            if enough:
                 break
             time.sleep(_WAIT_S)
         total = np.sum(counts, axis=0)

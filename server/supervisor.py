@@ -138,8 +138,9 @@ class _Pair:
     def run(self, *, new_job: bool, stop: threading.Event, enrol_only: bool) -> None:
         link, order = self._start_link(new_job=new_job)
         while enrol_only and not stop.wait(0.1):
-            if link.status() is not None:
+            if (status := link.status()) is not None:
                 self._count_death("the SuperLink")
+                self._on_event({"event": "link_died", "status": status})
                 link, order = self._start_link(new_job=new_job)
         if enrol_only:
             return
