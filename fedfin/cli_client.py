@@ -223,11 +223,7 @@ def _show_status(document: dict[str, Any]) -> None:
                 f"{model['arms'][arm]['auc']:.3f}" if model.get("arms") else "-"
                 for arm in ("alone", "federated")
             ),
-            f"{model['gain']['auc']:+.3f}"
-            if model.get("gain")
-            else "cannot be judged"
-            if model.get("error")
-            else "not judged yet",
+            _gain(model),
         ]
         for model in document["models"]
     ]

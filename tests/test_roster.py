@@ -126,7 +126,7 @@ def test_a_newer_invitation_mends_an_expired_one(store, path):
 
 def test_an_enrolled_name_is_not_invited_again(store):
     store.enrol(member_named("north"), invited(store, "north"))
-    with pytest.raises(EnrolmentError, match="north is enrolled already; invite it under another name"):
+    with pytest.raises(EnrolmentError, match="north is enrolled already; take another name"):
         store.invite(invitation_for("north"))
     store.enrol(member_named("north-2"), invited(store, "north-2"))
 
