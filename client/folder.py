@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
 from fedfin.audit.journal import Journal
 from fedfin.config import LenderConfig
 from fedfin.credit.schema import Schema
@@ -54,6 +57,27 @@ class LenderFolder:
     def keys(self) -> LenderKeys:
         """Read the lender's private keys."""
         return load_lender_keys(self.directory / "keys")
+
+    def check_names(self) -> None:
+        """Hold the names of bank.yaml against the certificates that were given at enrolment.
+
+        Raises:
+            ConfigError: A name was changed, or a certificate cannot be read.
+        """
+        certificates = (
+            ("name", self.directory / "certificate.pem", self.config.name),
+            ("federation", self.root_path, self.config.federation),
+        )
+        for key, path, given in certificates:
+            try:
+                subject = x509.load_pem_x509_certificate(path.read_bytes()).subject
+            except (OSError, ValueError) as error:
+                msg = f"{path} cannot be read ({error}); it is written by `fedfin client join`"
+                raise ConfigError(msg) from error
+            enrolled = str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+            if enrolled != given:
+                msg = f"{self.config_path}: {key} is {given!r}, and {enrolled!r} is enrolled; restore it"
+                raise ConfigError(msg)
 
     def ledger(self) -> Ledger:
         """Open the lender's privacy ledger."""

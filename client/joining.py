@@ -94,11 +94,13 @@ def join(token: str, directory: Path) -> LenderFolder:
             "name": invitation.name,
             "federation": answer.federation,
             "coordinator": invitation.address,
-            "data": {"path": "loans.csv", "columns": {column.name: column.name for column in schema.columns}},
+            "data": {"path": "loans.csv"},
         },
         heading=(
             f"{invitation.name}'s configuration; docs/configuration.md lists every key.\n"
-            "Next: say under data where your loans are, then run\n"
+            f"The federation's columns: {', '.join(column.name for column in schema.columns)}; the outcome:"
+            f" {schema.label.name}.\n"
+            "Next: say under data where your loans are and how your columns are called, then run\n"
             "    fedfin client check --config bank.yaml\n"
             "    fedfin client --config bank.yaml"
         ),

@@ -315,7 +315,7 @@ class Lender:
         job = self._folder.job(question.job_id)
         if job.accepted() is None:
             return Done(question.job_id)
-        if question.status == "completed" and not job.is_over():
+        if question.status == "completed" and not self._has_model_of(question.job_id):
             _, plan = self._accepted_job(question.job_id, same_loans=False)
             bins, _ = self._model_of(question, plan)
             model = ReleasedModel(
@@ -340,6 +340,13 @@ class Lender:
         self._folder.journal.write("job_ended", job=question.job_id, status=question.status)
         self.job_id = None
         return Done(question.job_id)
+
+    def _has_model_of(self, job_id: str) -> bool:
+        """Tell whether a model of this job is kept: a job has one."""
+        for path in self._folder.models_path.glob("*/model.json"):
+            if json.loads(path.read_text(encoding="utf-8"))["job"] == job_id:
+                return True
+        return False
 
     def _accepted_job(self, job_id: str, *, same_loans: bool = True) -> tuple[JobFolder, JobPlan]:
         job = self._folder.job(job_id)

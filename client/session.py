@@ -23,6 +23,7 @@ def serve(config_path: Path, *, once: bool, stop: threading.Event, say: Callable
     """
     folder = LenderFolder(config_path)
     keys = folder.keys()
+    folder.check_names()
     with folder.lock():
         lender = Lender(folder, say)
         say(f"{folder.config.name}: {len(lender.loans.train)} loans train, {len(lender.loans.holdout)} judge")
@@ -60,6 +61,7 @@ def serve(config_path: Path, *, once: bool, stop: threading.Event, say: Callable
             node.run()
         finally:
             folder.journal.write("client_stopped")
+            say("stopped")
             lender.close()
         if failure:
             raise failure[0]

@@ -7,6 +7,7 @@ from typing import Any
 from fedfin.client.evaluation import EVALUATION_FILE
 from fedfin.client.folder import LenderFolder
 from fedfin.errors import ConfigError
+from fedfin.privacy.accounting import epsilon_rdp
 
 __all__ = ["release_job", "status_of"]
 
@@ -33,6 +34,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
                         "epsilon_rdp": spent.epsilon_rdp,
                         "epsilon_pld": spent.epsilon_pld,
                         "reserved_rdp": reserved.epsilon_rdp,
+                        "together_rdp": epsilon_rdp([*spent.events, *reserved.events], delta),
                     }
                 )
     models: list[dict[str, Any]] = []

@@ -24,16 +24,20 @@ app.add_typer(cli_client.app, name="client")
 app.command(name="demo", epilog=cli_demo.EPILOG)(cli_demo.demo)
 
 
+def _show_version(wanted: bool) -> None:  # noqa: FBT001  (Typer passes the flag so)
+    if wanted:
+        typer.echo(f"fedfin {importlib.metadata.version('fedfin')}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
     """Federated credit scoring for banks and microfinance lenders."""
-    if version:
-        typer.echo(f"fedfin {importlib.metadata.version('fedfin')}")
-        raise typer.Exit
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedfin.cli_output import console, guarded, print_json, print_table, say
+from fedfin.cli_output import guarded, print_json, print_table, say
 
 __all__ = ["app"]
 
@@ -165,7 +165,7 @@ def _show_report(report: Any, what: str) -> None:  # noqa: ANN401  (fedfin.credi
     rows = [
         [
             column.name,
-            column.kind,
+            column.kind if column.present else "absent",
             "yes" if column.is_feature else "-",
             *(str(count) if count else "-" for count in _counts(column)),
             "-" if column.psi is None else f"{column.psi:.3f}",
@@ -183,8 +183,9 @@ def _show_report(report: Any, what: str) -> None:  # noqa: ANN401  (fedfin.credi
     for finding in report.findings:
         where = f"{finding.column}: " if finding.column else ""
         rows_text = f" (row {', '.join(map(str, finding.rows))}{', ...' if finding.count > len(finding.rows) else ''})"
+        mend = "" if finding.mend.startswith("nothing") else f"; {finding.mend}"
         say(
-            f"{finding.severity}: {where}{finding.message}{rows_text if finding.rows else ''}; {finding.mend}",
+            f"{finding.severity}: {where}{finding.message}{rows_text if finding.rows else ''}{mend}",
             style=styles[finding.severity],
         )
 
@@ -208,11 +209,11 @@ def _counts(column: Any) -> tuple[int, ...]:  # noqa: ANN401  (as above)
 def _show_status(document: dict[str, Any]) -> None:
     say(f"{document['name']} in {document['federation']}, coordinator {document['coordinator']}")
     for snapshot in document["snapshots"]:
-        console.print(
-            f"budget of loans {snapshot['snapshot'][:12]}: spent epsilon {snapshot['epsilon_rdp']:.3f} (RDP, enforced),"
-            f" {snapshot['epsilon_pld']:.3f} (PLD, tighter), reserved {snapshot['reserved_rdp']:.3f} with it,"
-            f" limit {document['epsilon_limit']:g}, at delta {snapshot['delta']:g}, neighbours differ by one loan"
-            " added or removed"
+        say(
+            f"budget of loans {snapshot['snapshot'][:12]}: epsilon {snapshot['epsilon_rdp']:.3f} spent"
+            f" ({snapshot['epsilon_pld']:.3f} by the tighter PLD), {snapshot['together_rdp']:.3f} of"
+            f" {document['epsilon_limit']:g} with what is reserved; by RDP, at delta {snapshot['delta']:g},"
+            " neighbours differ by one loan added or removed"
         )
     jobs = [[job["job"], job["mode"], "going on" if job["open"] else "over"] for job in document["jobs"]]
     print_table("jobs", ["job", "privacy", "state"], jobs)

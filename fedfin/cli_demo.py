@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedfin.cli_output import console, guarded, print_json, print_table, say
+from fedfin.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedfin.simulation.demo import ArmMetrics, DemoResult, LenderResult
@@ -28,7 +29,10 @@ def demo(
     rounds: Annotated[
         int | None, typer.Option("--rounds", help="Rounds; default: the plan's.", min=1)
     ] = None,
-    epsilon: Annotated[float, typer.Option("--epsilon", help="Epsilon of the whole job, delta 1e-5.")] = 3.0,
+    epsilon: Annotated[
+        float,
+        typer.Option("--epsilon", help="Epsilon of the whole job, above 0 and at most 100, at delta 1e-5."),
+    ] = 3.0,
     no_privacy: Annotated[
         bool, typer.Option("--no-privacy", help="Train without differential privacy.")
     ] = False,
@@ -54,15 +58,24 @@ def demo(
     signal.signal(signal.SIGTERM, interrupt)
 
     def work() -> None:
+        from pydantic import ValidationError
+
         from fedfin.simulation.arms import demo_plan
         from fedfin.simulation.demo import run_demo
         from fedfin.simulation.report import write_report
 
+        try:
+            plan = demo_plan(None if no_privacy else epsilon, rounds)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in first["loc"])
+            msg = f"{key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; change --{key}"
+            raise ConfigError(msg) from None
         target = directory or Path(f"fedfin-demo-{dt.datetime.now(dt.UTC):%Y%m%d-%H%M%S}")
         with _View(quiet=json_out) as view:
             result = run_demo(
                 target.resolve(),
-                demo_plan(None if no_privacy else epsilon, rounds),
+                plan,
                 num_lenders=lenders,
                 seed=seed,
                 say=view.show,

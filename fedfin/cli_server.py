@@ -96,7 +96,7 @@ def init(
                 {"config": str(federation.config_path), "fingerprint": fingerprint, "address": address}
             )
             return
-        say(f"federation {name} made in {directory}")
+        say(f"the federation {name} is made in {directory}")
         say(f"root fingerprint (SHA-256): {fingerprint}")
         say(f"next: look at {federation.config_path} and schema.yaml, then invite each lender:")
         say(f"    fedfin server invite NAME --config {federation.config_path}")
@@ -227,7 +227,7 @@ def status(
         rows = [
             [
                 job["job"],
-                job["status"],
+                "unfinished" if job["status"] == "running" else job["status"],
                 f"{job['round'] if job['round'] is not None else '-'}/{job['of']}",
                 str(len(job["lenders"])),
                 ", ".join(job["undelivered"]) or "-",
@@ -291,10 +291,10 @@ class _View:
             case "round_done" | "round_short":
                 self._progress.update(self._task, total=event["of"], completed=event["round"])
                 missing = "".join(f"; missing {name} ({why})" for name, why in event["missing"].items())
-                short = " too few answered, again" if event["event"] == "round_short" else ""
+                short = "; too few, again" if event["event"] == "round_short" else ""
                 self._line(
-                    f"round {event['round']:>3}/{event['of']}:{short} {len(event['cohort'])} lenders,"
-                    f" {event['seconds']:.1f} s{missing}",
+                    f"round {event['round']:>3}/{event['of']}: {len(event['cohort'])} answered,"
+                    f" {event['seconds']:.1f} s{short}{missing}",
                     style="yellow" if missing or short else "",
                 )
             case "bins":
@@ -305,6 +305,8 @@ class _View:
                     f"{event['lenders']} histograms are too few for the bins, again: {missing}",
                     style="yellow",
                 )
+            case "delivering":
+                self._line(f"the model waits for {', '.join(event['for'])}, {event['seconds']:.0f} s at most")
             case "delivered" if event["missing"]:
                 self._line(
                     f"still without the model: {', '.join(event['missing'])}; run `fedfin server` again later",

@@ -106,7 +106,8 @@ def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
             if "url" in key or len(shown) > 80:
                 shown = "the value given"
             message = detail["msg"].removeprefix("Value error, ")
-            return f"{key} is {shown}: {message[:1].lower()}{message[1:]}{about}"
+            said = f"{key} is {shown}" if isinstance(value, int | float | str | bool | None) else key
+            return f"{said}: {message[:1].lower()}{message[1:]}{about}"
 
 
 def _field_at(model: type[BaseModel], location: tuple[int | str, ...]) -> Any:  # noqa: ANN401  (pydantic's FieldInfo)

@@ -145,7 +145,7 @@ class GridExchange:
     ) -> None:
         if reply.has_error():
             answers.failures[name] = (
-                f"its node failed (Flower error {reply.error.code}); its own log says why"
+                f"its node stopped or failed (Flower error {reply.error.code}); its own output says why"
             )
             return
         try:

@@ -28,6 +28,8 @@ def choose_job(store: FederationStore, plan: JobPlan, *, new_job: bool, say: Say
     """
     jobs = store.jobs()
     running = next((job for job in jobs if job.status == "running"), None)
+    if running is not None and running.digest != plan.digest() and not store.weights(running.job_id):
+        new_job = True  # nobody took part in it: another plan costs nobody anything
     if running is not None and not new_job:
         if running.digest != plan.digest():
             msg = (

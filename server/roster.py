@@ -292,10 +292,13 @@ class FederationStore:
             msg = f"this federation gave no such token to {name}: it is foreign, replaced or altered; {mend}"
             raise EnrolmentError(msg)
         if row[2] is not None:
-            msg = f"the token of {name} was used at {row[2]}; a token works once: {mend} under another name"
+            msg = (
+                f"the token of {name} was used at {row[2][:16]} UTC; a token works once: if its keys are lost, the"
+                f" coordinator removes the name first (`fedfin server remove {name}`) and invites it again"
+            )
             raise EnrolmentError(msg)
         if now >= dt.datetime.fromisoformat(row[1]):
-            msg = f"the token of {name} expired at {row[1]}, {TOKEN_HOURS} hours after it was made; {mend}"
+            msg = f"the token of {name} expired at {row[1][:16]} UTC, {TOKEN_HOURS} hours after it was made; {mend}"
             raise EnrolmentError(msg)
 
     @contextlib.contextmanager

@@ -292,7 +292,7 @@ class _Runner:
         finish = _finish(self._job_id, checkpoint)
         not_kept: dict[str, str] = {}
         until = time.monotonic() + self._plan.cohort.round_deadline_s
-        waiting = Waiting(self._say)
+        told = False
         while True:
             away = set(self._store.undelivered(self._job_id))
             here = (away & self._exchange.online()) - set(not_kept)
@@ -302,7 +302,10 @@ class _Runner:
             if not away - set(not_kept) or time.monotonic() > until:
                 self._say({"event": "delivered", "missing": sorted(away), "not_kept": not_kept})
                 return
-            waiting.report(set(), away, len(away))
+            if not told:
+                left = max(0.0, until - time.monotonic())
+                self._say({"event": "delivering", "for": sorted(away - set(not_kept)), "seconds": left})
+                told = True
             time.sleep(_WAIT_S)
 
     def _end(self, finish: Finish, names: set[str]) -> dict[str, str]:

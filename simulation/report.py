@@ -70,7 +70,7 @@ def write_report(result: "DemoResult") -> Path:
         missing=_missing(result),
         seconds=result.seconds,
         seed=result.seed,
-        rule=RULE,
+        rule=" ".join(RULE.split()),
         next_commands=_next_commands(result),
     )
     path = result.directory / "report.html"

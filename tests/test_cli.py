@@ -236,3 +236,18 @@ def test_the_demos_loans_are_what_the_data_sheet_says():
     assert len(rows) == 4454
     assert header.split(",")[-1] == "target"
     assert round(sum(row.endswith(",1") for row in rows) / len(rows), 3) == 0.282
+
+
+def test_the_version_is_told():
+    done = fedfin("--version")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("fedfin 0.")
+
+
+@pytest.mark.parametrize("epsilon", ["0", "-1", "nan", "inf", "1000000"])
+def test_a_mistyped_epsilon_is_a_mistake_and_no_bug(epsilon, tmp_path):
+    done = fedfin("demo", "--epsilon", epsilon, "--dir", tmp_path / "demo")
+    assert done.exit_code == 1
+    assert "--epsilon" in done.stderr
+    assert "bug" not in done.stderr
+    assert not (tmp_path / "demo").exists()

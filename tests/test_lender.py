@@ -373,3 +373,17 @@ def test_only_accepted_jobs_are_released(bank):
 
     with pytest.raises(ConfigError, match="status"):
         release_job(bank, "credit-0000")
+
+
+def test_a_model_that_comes_after_a_release_by_hand_is_still_kept(bank):
+    from fedfin.client.status import release_job
+
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    asked = decode(train_request(lender.answer(BINS), 1), Train)
+    lender.close()
+    release_job(bank, JOB)
+    restarted = open_lender(bank)
+    finish = Finish(JOB, "completed", 3, asked.bins, asked.fingerprint, asked.weights)
+    decode(restarted.answer(encode(finish)), Done)
+    assert len(list((bank.parent / "models").glob("*/model.json"))) == 1

@@ -282,7 +282,7 @@ def test_below_quorum_the_coordinator_waits_and_says_for_whom(house):
 
 def test_the_job_starts_with_the_quorum_when_the_others_stay_away_too_long(house):
     house.lenders["south"].online = False
-    house.run(plan_with())
+    house.run(plan_with(cohort={"start_timeout_s": 1.0}))
     assert house.said("cohort")[0]["lenders"] == ["east", "north"]
     assert house.said("waiting")[0]["wanted"] == 3
     assert house.lenders["south"].asked == []
@@ -684,8 +684,18 @@ def test_an_unfinished_job_of_the_same_plan_goes_on(house):
     assert house.events[-1] == {"event": "resumed", "job": job.job_id}
 
 
+def test_a_changed_plan_takes_the_place_of_a_job_in_which_nobody_took_part(house):
+    old = choose(house, plan_with())
+    new = choose(house, plan_with(privacy={"epsilon": 1.0}))
+    assert [(job.job_id, job.status) for job in house.store.jobs()] == [
+        (old.job_id, "abandoned"),
+        (new.job_id, "running"),
+    ]
+
+
 def test_a_changed_plan_is_refused_while_a_job_is_unfinished(house):
     job = choose(house, plan_with())
+    house.store.save_answer(job.job_id, "east", weight=50.0, reason=None)
     other = plan_with(privacy={"epsilon": 1.0})
     with pytest.raises(
         ConfigError, match=rf"job {job.job_id} is unfinished .* restore the plan .* `fedfin server --new-job`"
