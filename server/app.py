@@ -21,6 +21,7 @@ import httpx
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from flwr.app import Context
 from flwr.app import Message as FlowerMessage
+from flwr.common.constant import ErrorCode
 from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.runtime_pb2 import PullTaskInputRequest, PushTaskOutputRequest
 from flwr.serverapp import Grid, ServerApp
@@ -143,6 +144,9 @@ class GridExchange:
     def _sort(
         reply: FlowerMessage, name: str, request: Message, expected: type[Message], answers: Answers
     ) -> None:
+        if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+            answers.failures[name] = "its node went away before it answered"
+            return
         if reply.has_error():
             answers.failures[name] = (
                 f"its node stopped or failed (Flower error {reply.error.code}); its own output says why"

@@ -4,6 +4,7 @@ import contextlib
 import datetime as dt
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -162,15 +163,16 @@ def assert_nothing_of_one_lender_is_at_the_coordinator(built: Federation) -> Non
 
 @pytest.mark.timeout(240)
 def test_a_lender_killed_mid_round_is_named_missing_and_takes_part_again_when_restarted(tmp_path):
-    with federation(tmp_path, **LONG_ROUNDS, cohort={"round_deadline_s": 8.0}) as built:
+    with federation(tmp_path, **LONG_ROUNDS, cohort={"round_deadline_s": 15.0}) as built:
         started(built, NAMES, "--once")
         built.wait(lambda: in_round(built, "lane-micro", 2), "lane-micro works on round 2", timeout_s=90)
         built.kill("lane-micro")
-        built.wait(lambda: built.rounds_done() >= 2, "the round ends without the lender", timeout_s=40)
+        built.wait(lambda: built.rounds_done() >= 2, "the round ends without the lender", timeout_s=60)
         second = next(line for line in built.events("round_done") if line["round"] == 2)
         assert second["cohort"] == ["harbour-micro", "north-bank"]
         assert list(second["missing"]) == ["lane-micro"]
-        assert "8 s" in second["missing"]["lane-micro"]
+        # at the deadline, or when Flower notices before that the node is gone
+        assert re.search("15 s|went away", second["missing"]["lane-micro"])
         built.start_lender("lane-micro", "--once")
         assert built.wait_for_end("server", timeout_s=120) == 0, built.tail("server")
         last = built.events("round_done")[-1]
