@@ -246,6 +246,8 @@ def _run(config: Path, *, new_job: bool, enrol_only: bool, json_out: bool) -> No
     from fedfin.server.supervisor import supervise
 
     federation = open_federation(config)
+    # Both by hand: a process that a script started in the background would otherwise ignore SIGINT.
+    signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     events: list[Mapping[str, Any]] = []
     if json_out:
