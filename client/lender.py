@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -389,11 +388,6 @@ class Lender:
             loans = encode(self._loans.train.frame, self._loans.schema, bins, encoding_of(arch.kind))
             self._encoded = (key, loans)
         return self._encoded[1]
-
-
-def open_lender(config_path: Path, say: Callable[[str], None]) -> Lender:
-    """Open the folder of a bank.yaml and read its loans; errors as `Lender`."""
-    return Lender(LenderFolder(config_path), say)
 
 
 def _parse_plan(text: str) -> JobPlan:

@@ -77,7 +77,7 @@ def train_locally(
         raise TrainingError(msg)
     module = build(architecture)
     load_weights(module, weights)
-    # The accounting does not cover the number of loans: the private sum is divided by what the weight tells of it.
+    # The accounting does not cover the number of loans: the private sum is divided by its bucket.
     size = len(loans) if privacy is None else public_size(min(len(loans), training.weight_cap), training)
     gradient = _gradient_of(module, training.sample_rate * size, privacy, noise)
     optimizer = torch.optim.AdamW(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedfin.cli_output import guarded, print_json, print_table, say
+from fedfin.cli_output import DebugOption, JsonOption, chosen, guarded, print_json, print_table, say
 
 __all__ = ["app"]
 
@@ -20,8 +20,6 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The lender's bank.yaml.", dir_okay=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 _DEFAULT = Path("bank.yaml")
 
@@ -85,7 +83,7 @@ def check(
     def work() -> None:
         from fedfin.client.checking import check_folder
 
-        report, held_out = check_folder(_chosen(context, config))
+        report, held_out = check_folder(chosen(context, config, _DEFAULT))
         can = report.can_take_part and (held_out is None or held_out.can_take_part)
         if json_out:
             print_json(
@@ -121,7 +119,7 @@ def status(
     def work() -> None:
         from fedfin.client.status import status_of
 
-        document = status_of(_chosen(context, config))
+        document = status_of(chosen(context, config, _DEFAULT))
         if json_out:
             print_json(document)
         else:
@@ -142,7 +140,7 @@ def release(
     def work() -> None:
         from fedfin.client.status import release_job
 
-        release_job(_chosen(context, config), job)
+        release_job(chosen(context, config, _DEFAULT), job)
         say(f"what was reserved for {job} is free again; the job cannot go on at this lender")
 
     guarded(work, debug=debug)
@@ -229,8 +227,3 @@ def _show_status(document: dict[str, Any]) -> None:
         for model in document["models"]
     ]
     print_table("models", ["model", "AUROC alone", "AUROC federated", "gain"], rows)
-
-
-def _chosen(context: typer.Context, config: Path) -> Path:
-    """Return --config of the subcommand, or the one given before it."""
-    return context.obj if config == _DEFAULT and isinstance(context.obj, Path) else config

@@ -5,8 +5,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -14,10 +16,28 @@ from rich.text import Text
 
 from fedfin.errors import FedfinError
 
-__all__ = ["console", "fail", "guarded", "print_json", "print_table", "say"]
+__all__ = [
+    "DebugOption",
+    "JsonOption",
+    "chosen",
+    "console",
+    "fail",
+    "guarded",
+    "print_json",
+    "print_table",
+    "say",
+]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 console = Console(highlight=False, soft_wrap=True)
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def chosen(context: typer.Context, config: Path, default: Path) -> Path:
+    """Return --config of the subcommand, or the one given before it."""
+    return context.obj if config == default and isinstance(context.obj, Path) else config
 
 
 def say(text: str, *, style: str = "") -> None:

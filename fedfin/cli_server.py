@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedfin.cli_output import console, guarded, print_json, print_table, say
+from fedfin.cli_output import DebugOption, JsonOption, chosen, console, guarded, print_json, print_table, say
 from fedfin.errors import ConfigError
 
 __all__ = ["app"]
@@ -28,8 +28,6 @@ ConfigOption = Annotated[
     Path,
     typer.Option("--config", help="The federation's federation.yaml.", show_default=True, dir_okay=False),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 _DEFAULT = Path("federation.yaml")
 
@@ -124,7 +122,7 @@ def invite(
         if not re.match(LENDER_NAME_PATTERN, name):
             msg = f"{name!r} is no lender's name; use 1 to 40 small letters, digits and dashes, such as north-bank"
             raise ConfigError(msg)
-        federation = open_federation(_chosen(context, config))
+        federation = open_federation(chosen(context, config, _DEFAULT))
         invitation = Invitation.create(name, federation.config.address, federation.authority().fingerprint)
         federation.store.invite(invitation)
         if json_out:
@@ -154,7 +152,7 @@ def roster(
 
         from fedfin.server.founding import open_federation
 
-        store = open_federation(_chosen(context, config)).store
+        store = open_federation(chosen(context, config, _DEFAULT)).store
         members = [
             {"name": m.name, "identity": hashlib.sha256(m.identity_key.encode()).hexdigest()}
             for m in store.members()
@@ -188,7 +186,7 @@ def remove(
     def work() -> None:
         from fedfin.server.founding import open_federation
 
-        open_federation(_chosen(context, config)).store.remove(name)
+        open_federation(chosen(context, config, _DEFAULT)).store.remove(name)
         say(f"{name} is removed; start `fedfin server` again if it runs. The name can be invited again.")
 
     guarded(work, debug=debug)
@@ -206,7 +204,7 @@ def status(
     def work() -> None:
         from fedfin.server.founding import open_federation
 
-        store = open_federation(_chosen(context, config)).store
+        store = open_federation(chosen(context, config, _DEFAULT)).store
         jobs: list[dict[str, Any]] = []
         for job in store.jobs():
             checkpoint = store.checkpoint(job.job_id)
@@ -329,11 +327,6 @@ class _View:
 
     def _describe(self, text: str) -> None:
         self._progress.update(self._task, description=text)
-
-
-def _chosen(context: typer.Context, config: Path) -> Path:
-    """Return --config of the subcommand, or the one given before it."""
-    return context.obj if config == _DEFAULT and isinstance(context.obj, Path) else config
 
 
 def _read_schema(path: Path | None) -> str:
