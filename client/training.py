@@ -52,6 +52,7 @@ def train_locally(
     training: "TrainingPlan",
     privacy: LocalPrivacy | None,
     noise: "NoiseSource",
+    watch: "Callable[[NDArray[np.float64]], None] | None" = None,
 ) -> "NDArray[np.float32]":
     """Train one round and return the change of the weights.
 
@@ -64,6 +65,7 @@ def train_locally(
         privacy: The step's noise; None trains without privacy, on the same kind of batches.
         noise: Draws the batches and, in a private job, the noise. In production its stream is secret: who
             knows the draw loses the amplification by sampling.
+        watch: Called with every step's noisy mean gradient, shape (d,): what the privacy audit attacks.
 
     Returns:
         New weights minus old, shape (d,), finite.
@@ -85,7 +87,10 @@ def train_locally(
     )
     for _ in range(training.local_steps):
         batch = noise.bernoulli(len(loans), training.sample_rate)
-        _set_gradient(module, gradient(loans[batch], labels[batch]))
+        step_gradient = gradient(loans[batch], labels[batch])
+        if watch is not None:
+            watch(step_gradient)
+        _set_gradient(module, step_gradient)
         optimizer.step()
     # differences in float64: both terms are float32, so the only rounding is the last
     update = (flatten(module).astype(np.float64) - weights).astype(np.float32)
