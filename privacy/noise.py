@@ -39,6 +39,10 @@ class NoiseSource(Protocol):
         """Return a Poisson-sampled batch: shape (num,), each True with chance `rate`, independently."""
         ...
 
+    def words(self, num: int) -> NDArray[np.uint64]:
+        """Return independent uniform 64-bit integers, shape (num,): what exact integer noise is made of."""
+        ...
+
 
 @final
 class SecureNoise:
@@ -103,6 +107,19 @@ class SecureNoise:
         _check_rate(rate)
         return self._integers_53(num) < rate * 2.0**53
 
+    def words(self, num: int) -> NDArray[np.uint64]:
+        """Return uniform 64-bit integers from the keystream, shape (num,).
+
+        Raises:
+            PrivacyParameterError: `num` is negative.
+        """
+        _checked_size(num)
+        if os.getpid() != self._pid:
+            self._rekey()
+        words = np.zeros(num, dtype=np.uint64)
+        stream = self._keystream.update(words.view(np.uint8).data) if num else b""
+        return np.frombuffer(stream, dtype=np.uint64)
+
     def _standard_normal(self, num: int) -> NDArray[np.float64]:
         """Return sums of four unit Gaussians, shape (num,)."""
         words = self._integers_53(2 * _NUM_SUMMANDS * num).astype(np.float64).reshape(2, -1)
@@ -118,11 +135,7 @@ class SecureNoise:
 
     def _integers_53(self, num: int) -> NDArray[np.uint64]:
         """Return uniform integers below 2**53, shape (num,)."""
-        if os.getpid() != self._pid:
-            self._rekey()
-        words = np.zeros(num, dtype=np.uint64)
-        stream = self._keystream.update(words.view(np.uint8).data) if num else b""
-        return np.frombuffer(stream, dtype=np.uint64) >> np.uint64(11)
+        return self.words(num) >> np.uint64(11)
 
     def _rekey(self) -> None:
         self._keystream: CipherContext = Cipher(AES(secrets.token_bytes(32)), CTR(bytes(16))).encryptor()
@@ -154,6 +167,11 @@ class SimulatedNoise:
         _checked_size(num)
         _check_rate(rate)
         return self._rng.random(num) < rate
+
+    def words(self, num: int) -> NDArray[np.uint64]:
+        """Return seeded uniform 64-bit integers; arguments and errors as `SecureNoise.words`."""
+        _checked_size(num)
+        return self._rng.integers(0, 2**64, num, dtype=np.uint64)
 
 
 def require_production(source: NoiseSource) -> SecureNoise:
