@@ -2,9 +2,9 @@
 
 From the round's weights a lender takes `local_steps` AdamW steps (Loshchilov & Hutter, "Decoupled Weight Decay
 Regularization", ICLR 2019) on Poisson-sampled batches and returns the change of its weights. The optimizer
-starts afresh in every round, so a lender keeps nothing between rounds. In a private job every step is
-`fedfin.privacy.gradients.private_gradient`; what AdamW then does with it is post-processing. Where noise dominates,
-AdamW's division by the root mean square takes the place of tuning the learning rate to the noise.
+starts afresh in every round, so a lender keeps nothing between rounds. In a private job every step's gradient is
+one of `fedfin.privacy.gradients.PrivateEngine`; what AdamW then does with it is post-processing. Where noise
+dominates, AdamW's division by the root mean square takes the place of tuning the learning rate to the noise.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import nn
 
 from fedfin.credit.models import Architecture, build, flatten, initial_weights, load_weights
 from fedfin.errors import TrainingError
-from fedfin.privacy.gradients import PerLoanGradients, private_gradient
+from fedfin.privacy.gradients import PrivateEngine
 from fedfin.strategies.strategy import public_size
 
 if TYPE_CHECKING:
@@ -145,16 +145,13 @@ def _gradient_of(
     """Return the function from a batch to the gradient of its step."""
     if privacy is None:
         return lambda loans, labels: _plain_sum(module, loans, labels) / expected_batch_size
-    per_loan = PerLoanGradients(module)
-    return lambda loans, labels: private_gradient(
-        per_loan,
-        loans,
-        labels,
-        clipping_bound=privacy.clipping_bound,
+    return PrivateEngine(
+        module,
         noise_multiplier=privacy.noise_multiplier,
+        clipping_bound=privacy.clipping_bound,
         expected_batch_size=expected_batch_size,
         noise=noise,
-    )
+    ).gradient
 
 
 def _plain_sum(

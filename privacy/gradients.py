@@ -1,46 +1,260 @@
 """The private step: clip every loan's gradient, sum, add Gaussian noise, divide by the expected batch.
 
-Per-loan gradients come from Opacus' hooks (Yousefpour et al. 2021, arXiv:2109.12298); the step is DP-SGD of
-Abadi et al., "Deep Learning with Differential Privacy" (CCS 2016), algorithm 1, for Poisson-sampled batches.
-Opacus' own optimizer, loader and engine are not used: they replace the sampler silently, take the sample rate
-from the number of batches and draw their noise from torch's generator. Here rate, batch and noise are arguments.
+The step is DP-SGD of Abadi et al., "Deep Learning with Differential Privacy" (CCS 2016), algorithm 1, for
+Poisson-sampled batches. Norms and clipped sums come in closed form from `fedfin.privacy.bookkeeping`; a module with
+any other layer that has parameters gets Opacus' hooks instead (Yousefpour et al. 2021, arXiv:2109.12298), which
+are slower by an order of magnitude, and a `SlowGradientWarning` says so. Opacus' own engine, optimizer and loader
+are not used: they replace the sampler silently, take the sample rate from the number of batches and draw their noise
+from torch's generator. Here rate, batch and noise are arguments, and an Opacus accountant's hook can be attached.
 
 Adding or removing one loan changes a clipped sum by at most the clipping bound (L2), so noise of standard
-deviation `noise_multiplier * clipping_bound` makes the sum a Gaussian mechanism of that noise multiplier.
+deviation `noise_multiplier * clipping_bound` makes the sum a Gaussian mechanism of that noise multiplier. Layers
+compute in float32, so a clipped gradient may pass the bound by rounding; the noise is larger by `ROUNDING` for that.
 """
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedfin.errors import PrivacyParameterError, TrainingError
+from fedfin.privacy.bookkeeping import Blocks, Book, Recorder, spans_of, unrecorded_layers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fedfin.privacy.noise import NoiseSource
 
-__all__ = ["PerLoanGradients", "private_gradient"]
+__all__ = [
+    "ROUNDING",
+    "Loss",
+    "PerLoanGradients",
+    "PrivateEngine",
+    "SlowGradientWarning",
+    "binary_cross_entropy",
+]
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""From the logits, as the module gives them but in float64, and the labels in the logits' shape (or (n,), where a
+loan has several logits), float64, to one loss for each loan: shape (n,) or (n, 1)."""
+
+ROUNDING: Final = 1e-5
+"""Share by which the noise is larger than its multiplier asks, so that float32 rounding cannot break the bound."""
+
+_MIXING = (nn.modules.batchnorm._BatchNorm, nn.LazyBatchNorm1d)  # noqa: SLF001  # torch's own base of all its kinds
+_RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_SMALLEST_BOUND = 1e-8  # squares of float32 values are exact enough beside the square of this, and not below
+_LARGEST_SQUARE = 1e30
+
+
+class SlowGradientWarning(UserWarning):
+    """A module's gradients come from Opacus' hooks, which are right but slow."""
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each loan's negative log-likelihood of its label; logits and labels have shape (n,) or (n, 1)."""
+    if logits.shape != labels.shape:
+        msg = f"the model gave logits of shape {tuple(logits.shape)} for {len(labels)} loans; one each is needed"
+        raise TrainingError(msg)
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
 
 
 class PerLoanGradients:
-    """A module with Opacus' hooks on it, which gives clipped sums of per-loan gradients.
+    """Clipped sums of per-loan gradients of a module.
 
-    The invariant: the module has these hooks exactly once and keeps no per-loan gradient between calls.
+    The invariant: it keeps no loan's gradient between calls, and leaves the parameters' `grad` as it found it.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        """Put hooks on a module; it stays the caller's, and its parameters may change between calls.
+    def __init__(self, module: nn.Module, loss: Loss = binary_cross_entropy) -> None:
+        """Take a module; it stays the caller's, and its parameters may change between calls.
 
         Args:
-            module: Maps (n, p) float32 loans to n logits, shape (n,) or (n, 1). No BatchNorm.
+            module: Maps (n, p) float32 loans to n logits, shape (n,) or (n, 1), each from its own loan alone.
+            loss: From logits and labels to one loss a loan.
 
         Raises:
-            TrainingError: The module mixes loans, or has such hooks already.
+            TrainingError: The module mixes loans, draws at random, shares a parameter between layers, or has a
+                layer that neither this module nor Opacus can take.
         """
+        _require_separable(module)
+        self._loss = loss
+        self._spans = spans_of(module)
+        self._size = sum(parameter.numel() for parameter in self._spans)
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        others = unrecorded_layers(module)
+        self._backend: _Recorded | _Hooked = _Hooked(module, others) if others else _Recorded(module)
+
+    @property
+    def size(self) -> int:
+        """Number of trainable parameters, d."""
+        return self._size
+
+    def clipped_sum(
+        self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]", clipping_bound: float
+    ) -> "NDArray[np.float64]":
+        """Return the sum of the loans' loss gradients, each clipped to the bound; one that is not finite counts 0.
+
+        Args:
+            loans: Encoded loans, shape (n, p); n may be 0 (an empty Poisson draw).
+            labels: 1 = bad, shape (n,).
+            clipping_bound: Largest L2 norm of one loan's gradient over all parameters, in gradient units; > 0.
+
+        Returns:
+            Shape (d,), in the order of the module's parameters that require a gradient.
+
+        Raises:
+            PrivacyParameterError: The bound is not positive and finite.
+            TrainingError: A loan or label is not finite, shapes do not fit, the losses are not one for each loan,
+                or a parameter acts outside of the layers (a proximal term in the loss, a functional use).
+        """
+        _require_positive("privacy.clipping_bound", clipping_bound)
+        _require_finite(loans, labels)
+        if len(loans) == 0:
+            return np.zeros(self._size)
+        books = self._backend.books(
+            torch.from_numpy(np.ascontiguousarray(loans, dtype=np.float32)),
+            torch.from_numpy(np.asarray(labels, dtype=np.float64)),
+            self._output_gradients,
+            self._require_unused,
+        )
+        with torch.no_grad():
+            return _clip_and_sum(books, len(loans), clipping_bound, self._size)
+
+    def _output_gradients(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the gradient of each loan's loss by its logits, in float64 until the last: sigmoids saturate."""
+        leaf = logits.detach().double().requires_grad_()
+        losses = self._loss(leaf, labels.view_as(leaf) if leaf.numel() == len(labels) else labels)
+        if losses.shape not in ((len(labels),), (len(labels), 1)):
+            # a loss of (n, 1) against labels of (n,) is (n, n): every loan's gradient would hold the others'
+            msg = (
+                f"the loss has shape {tuple(losses.shape)} for {len(labels)} loans; give one loss for each, unreduced:"
+                " shape (n,) or (n, 1)"
+            )
+            raise TrainingError(msg)
+        found = torch.autograd.grad(losses.sum(), [leaf, *self._spans], allow_unused=True)
+        self._require_unused(found[1:])
+        if found[0] is None:
+            msg = "the loss does not depend on the logits; give one that does"
+            raise TrainingError(msg)
+        return found[0].to(logits.dtype)
+
+    def _require_unused(self, gradients: "tuple[Tensor | None, ...]") -> None:
+        """Refuse a gradient that reached a parameter past its layer: it would be lost, or not clipped."""
+        for parameter, gradient in zip(self._spans, gradients, strict=True):
+            if gradient is not None:
+                msg = (
+                    f"parameter {self._names[parameter]} acts outside of its layer, where a loan's share of its gradient"
+                    " cannot be clipped; call the layer itself, and put a proximal term into training.proximal,"
+                    " which applies it after the noise"
+                )
+                raise TrainingError(msg)
+
+
+class PrivateEngine:
+    """DP-SGD's step over one module: noisy mean gradients for any optimizer, and the hook of Opacus' accountants.
+
+    Attributes:
+        noise_multiplier: Standard deviation of the sum's noise over the clipping bound; > 0.
+        max_grad_norm: The clipping bound, under Opacus' name.
+        expected_batch_size: Sample rate times the lender's loans, the divisor; > 0.
+        accumulated_iterations: 1: every gradient is a step of its own.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        noise_multiplier: float,
+        clipping_bound: float,
+        expected_batch_size: float,
+        noise: "NoiseSource",
+        loss: Loss = binary_cross_entropy,
+    ) -> None:
+        """Take a module and the step's privacy.
+
+        Args:
+            module: As `PerLoanGradients`.
+            noise_multiplier: Standard deviation of the sum's noise over the bound; > 0.
+            clipping_bound: L2 bound of one loan's gradient; > 0.
+            expected_batch_size: The divisor. The true size of a batch is secret and divides nothing; > 0.
+            noise: Where the Gaussian noise comes from.
+            loss: As `PerLoanGradients`.
+
+        Raises:
+            PrivacyParameterError: A parameter is not positive and finite.
+            TrainingError: As `PerLoanGradients`.
+        """
+        _require_positive("the noise multiplier", noise_multiplier)
+        _require_positive("privacy.clipping_bound", clipping_bound)
+        _require_positive("the expected batch size", expected_batch_size)
+        self.noise_multiplier = noise_multiplier
+        self.max_grad_norm = clipping_bound
+        self.expected_batch_size = expected_batch_size
+        self.accumulated_iterations = 1
+        self._noise = noise
+        self._per_loan = PerLoanGradients(module, loss)
+        self._step_hook: Callable[[PrivateEngine], None] | None = None
+
+    def attach_step_hook(self, fn: "Callable[[PrivateEngine], None]") -> None:
+        """Call `fn` with this engine after every gradient, an empty draw's too; an earlier hook is replaced.
+
+        What `opacus.accountants.*.get_optimizer_hook_fn(sample_rate=q)` returns fits, with the true q.
+        """
+        self._step_hook = fn
+
+    def gradient(self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> "NDArray[np.float64]":
+        """Return one noisy mean gradient; an empty batch gives noise alone.
+
+        Args:
+            loans: The Poisson-sampled batch, shape (n, p), n >= 0.
+            labels: 1 = bad, shape (n,).
+
+        Returns:
+            Shape (d,), as `PerLoanGradients.clipped_sum`.
+
+        Raises:
+            TrainingError: As `PerLoanGradients.clipped_sum`.
+        """
+        noisy = self._per_loan.clipped_sum(loans, labels, self.max_grad_norm)
+        stddev = self.noise_multiplier * self.max_grad_norm * (1.0 + ROUNDING)
+        noisy += self._noise.normal(self._per_loan.size, stddev)
+        noisy /= self.expected_batch_size
+        if self._step_hook is not None:
+            self._step_hook(self)
+        return noisy
+
+
+OutputGradients: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+RequireUnused: TypeAlias = "Callable[[tuple[Tensor | None, ...]], None]"
+
+
+class _Recorded:
+    """Books in closed form."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._recorder = Recorder(module)
+        self._parameters = list(spans_of(module))
+
+    def books(
+        self, loans: Tensor, labels: Tensor, output_gradients: OutputGradients, require_unused: RequireUnused
+    ) -> list[Book]:
+        with self._recorder.recording(len(loans)) as books, torch.enable_grad():
+            logits = self._module(loans)
+            gradients = output_gradients(logits, labels)
+            require_unused(
+                torch.autograd.grad(logits, self._parameters, grad_outputs=gradients, allow_unused=True)
+            )
+            return list(books.values())
+
+
+class _Hooked:
+    """Books from Opacus' hooks: every per-loan gradient is made and kept until the sum is known."""
+
+    def __init__(self, module: nn.Module, layers: list[str]) -> None:
         with warnings.catch_warnings():
             # Opacus and what it imports warn of their own deprecations at import; nothing we call is meant
             warnings.simplefilter("ignore")
@@ -54,108 +268,101 @@ class PerLoanGradients:
                     " without buffers (no BatchNorm) and a freshly built module for each training"
                 )
                 raise TrainingError(msg) from error
-        self._parameters = list(module.parameters())
+        self._spans = spans_of(module)
+        warnings.warn(
+            f"per-loan gradients of {', '.join(layers)} come from Opacus' hooks, ten times slower and more; build the"
+            " model of Linear, LayerNorm, Embedding, Conv1d and GroupNorm for the fast step",
+            SlowGradientWarning,
+            stacklevel=4,
+        )
 
-    def clipped_sum(
-        self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]", clipping_bound: float
-    ) -> "NDArray[np.float64]":
-        """Return the sum of the loans' loss gradients, each clipped to the bound; one that is not finite counts 0.
-
-        The loss is binary cross-entropy, per loan. Norms, clipping and the sum are in float64.
-
-        Args:
-            loans: Encoded loans, shape (n, p); n may be 0 (an empty Poisson draw).
-            labels: 1 = bad, shape (n,).
-            clipping_bound: Largest L2 norm of one loan's gradient over all parameters, in gradient units; > 0.
-
-        Returns:
-            Shape (d,), in the order of the module's parameters.
-
-        Raises:
-            PrivacyParameterError: The bound is not positive and finite.
-            TrainingError: A loan or label is not finite, or shapes do not fit.
-        """
-        if not (np.isfinite(clipping_bound) and clipping_bound > 0):
-            msg = f"privacy.clipping_bound is {clipping_bound}; it must be a positive number"
-            raise PrivacyParameterError(msg)
-        _require_finite(loans, labels)
-        total = np.zeros(sum(parameter.numel() for parameter in self._parameters))
-        if len(loans) == 0:
-            return total
-        gradients = self._per_loan(loans, labels)
-        norms = np.sqrt(sum(np.einsum("np,np->n", block, block) for block in gradients))
-        broken = ~np.isfinite(norms)
-        if broken.any():
-            # Never an error: whether there was one would tell, without noise, that a certain loan is in the table
-            # (crafted weights make chosen loans overflow). Such a loan contributes nothing.
-            norms = np.where(broken, 0.0, norms)
-            for block in gradients:
-                block[broken] = 0.0
-        factors = np.minimum(1.0, clipping_bound / np.maximum(norms, np.finfo(np.float64).tiny))
-        return np.concatenate([factors @ block for block in gradients])
-
-    def _per_loan(
-        self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]"
-    ) -> "list[NDArray[np.float64]]":
-        """Return one (n, size) block of per-loan gradients for each parameter, and clear the module's."""
-        targets = torch.from_numpy(np.asarray(labels, dtype=np.float32))
-        with warnings.catch_warnings():
+    def books(
+        self, loans: Tensor, labels: Tensor, output_gradients: OutputGradients, require_unused: RequireUnused
+    ) -> list[Book]:
+        kept = [(parameter, parameter.grad) for parameter in self._spans]
+        for parameter in self._spans:
+            parameter.grad = None
+        with warnings.catch_warnings(), torch.enable_grad():
             # torch remarks that the inputs need no gradient; only the parameters' gradients are wanted
             warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-            logits = self._hooked(torch.from_numpy(np.ascontiguousarray(loans, dtype=np.float32)))
-            # an (n, 1) loss against (n,) labels broadcasts to (n, n) and silently ruins the clipping
-            logits = logits.reshape(len(loans)) if logits.shape == (len(loans), 1) else logits
-            if logits.shape != targets.shape:
-                msg = f"the model gave logits of shape {tuple(logits.shape)} for {len(loans)} loans; one each is needed"
-                raise TrainingError(msg)
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            logits = self._hooked(loans)
+            logits.backward(output_gradients(logits, labels))
         blocks = [
-            parameter.grad_sample.reshape(len(loans), -1).numpy().astype(np.float64)  # type: ignore[attr-defined]  # set by Opacus' hooks
-            for parameter in self._parameters
+            (span, parameter.grad_sample.reshape(len(loans), -1))  # type: ignore[attr-defined]  # set by Opacus' hooks
+            for parameter, span in self._spans.items()
+            if parameter.grad_sample is not None  # type: ignore[attr-defined]
         ]
-        for parameter in self._parameters:
-            parameter.grad = None
+        for parameter, gradient in kept:
+            parameter.grad = gradient
             parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus' own, would accumulate
-        return blocks
+        return [Blocks(tuple(blocks))]
 
 
-def private_gradient(
-    per_loan: PerLoanGradients,
-    loans: "NDArray[np.float32]",
-    labels: "NDArray[np.int64]",
-    *,
-    clipping_bound: float,
-    noise_multiplier: float,
-    expected_batch_size: float,
-    noise: "NoiseSource",
-) -> "NDArray[np.float64]":
-    """Return one noisy mean gradient; an empty batch gives noise alone.
+def _clip_and_sum(books: list[Book], num_loans: int, bound: float, size: int) -> "NDArray[np.float64]":
+    """Return the sum of the gradients in the books, each scaled to the bound at most, shape (d,)."""
+    if not books:
+        return np.zeros(size)
+    squared = books[0].squared_norms()
+    for book in books[1:]:
+        squared = squared + book.squared_norms()
+    # float32 squares neither overflow nor vanish here; the few other loans are done again in float64
+    exact = (
+        squared < _LARGEST_SQUARE if bound >= _SMALLEST_BOUND else torch.zeros(num_loans, dtype=torch.bool)
+    )
+    total = torch.zeros(size)
+    rest = torch.zeros(size, dtype=torch.float64)
+    if not bool(exact.all()):
+        _add_in_float64([book.take(~exact) for book in books], bound, rest)
+        books = [book.without(~exact) for book in books]
+        squared = torch.where(exact, squared, 0.0)
+    factors = _factors(squared.double(), bound).float()
+    for book in books:
+        book.add_to(total, factors)
+    rest += total
+    return rest.numpy()
 
-    Args:
-        per_loan: The hooked model.
-        loans: The batch, shape (n, p).
-        labels: 1 = bad, shape (n,).
-        clipping_bound: L2 bound of one loan's gradient; > 0.
-        noise_multiplier: Standard deviation of the sum's noise over the bound; > 0.
-        expected_batch_size: Sample rate times the lender's loans; the divisor, so that the batch's true size
-            does not show; > 0.
-        noise: Where the Gaussian noise comes from.
 
-    Returns:
-        Shape (d,), float64.
+def _add_in_float64(books: list[Book], bound: float, total: Tensor) -> None:
+    squared = torch.stack([book.squared_norms() for book in books]).sum(0)
+    broken = ~torch.isfinite(squared)
+    # Never an error: whether there was one would tell, without noise, that a certain loan is in the table (crafted
+    # weights make chosen loans overflow). Such a loan contributes nothing.
+    factors = _factors(torch.where(broken, 0.0, squared), bound)
+    for book in books:
+        book.without(broken).add_to(total, factors)
 
-    Raises:
-        PrivacyParameterError: A parameter is not positive and finite.
-        TrainingError: As `PerLoanGradients.clipped_sum`.
-    """
-    for name, value in (("noise multiplier", noise_multiplier), ("expected batch size", expected_batch_size)):
-        if not (np.isfinite(value) and value > 0):
-            msg = f"the {name} is {value}; it must be a positive number, or the step would give no protection"
-            raise PrivacyParameterError(msg)
-    total = per_loan.clipped_sum(loans, labels, clipping_bound)
-    noisy = total + noise.normal(len(total), noise_multiplier * clipping_bound)
-    return noisy / expected_batch_size
+
+def _factors(squared: Tensor, bound: float) -> Tensor:
+    """Return min(1, bound / norm) for each loan, from squared norms in float64."""
+    return (bound / squared.sqrt().clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
+
+
+def _require_separable(module: nn.Module) -> None:
+    """Refuse what can be seen to mix loans, to draw at random, or to share a parameter."""
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, _MIXING):
+            msg = (
+                f"layer {name or type(layer).__name__} normalises over the batch, so no loan has a gradient of its own;"
+                " use LayerNorm or GroupNorm (no BatchNorm)"
+            )
+            raise TrainingError(msg)
+        if isinstance(layer, _RANDOM) and layer.p > 0:
+            msg = (
+                f"layer {name or type(layer).__name__} drops units by torch's generator, which can be seeded: who knows"
+                " the seed sees one loan shift the others' masks; set p to 0 (the noise regularises)"
+            )
+            raise TrainingError(msg)
+        for own, parameter in layer.named_parameters(name, recurse=False):
+            if owners.setdefault(parameter, own) != own:
+                msg = f"parameter {own} is also {owners[parameter]}; tied layers are not supported, use one layer twice"
+                raise TrainingError(msg)
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not (np.isfinite(value) and value > 0):
+        msg = f"{name} is {value}; it must be a positive number, or the step would give no protection"
+        raise PrivacyParameterError(msg)
 
 
 def _require_finite(loans: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> None:

@@ -39,6 +39,7 @@ TORCH_DOORS = {
     "credit/models",
     "credit/reasons",
     "credit/export",
+    "privacy/bookkeeping",
     "privacy/gradients",
     "privacy/canaries",
     "client/training",
