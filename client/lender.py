@@ -134,7 +134,7 @@ class Lender:
             try:
                 model = load_model(path.parent)
                 accepted = self._folder.job(model.job_id).accepted() or {}
-                same = accepted.get("snapshot") == self._loans.snapshot
+                same = accepted.get("snapshot") == self._loans.snapshot.digest
                 result = evaluate(model, self._loans.train, self._loans.holdout, path.parent, same_loans=same)
             except (ConfigError, DataError, TrainingError) as error:
                 # One model that cannot be judged must not keep the others from it, nor be tried for ever.
@@ -191,19 +191,21 @@ class Lender:
             weight = lender_weight(len(self._loans.train), plan.training)
             if plan.privacy.mode == "local":
                 noise = _noise_of(plan)
+                policy = self._folder.config.policy
                 self._ledger.reserve(
                     question.job_id,
                     self._loans.snapshot,
                     job_events(noise, plan.training.sample_rate, plan.num_steps),
-                    plan.privacy.delta,
-                    self._folder.config.policy.epsilon_limit,
+                    delta=plan.privacy.delta,
+                    epsilon_limit=policy.epsilon_limit,
+                    max_delta=policy.max_delta,
                 )
             # After the reservation: killed in between, the same proposal reserves the same thing again.
             job.accept(
                 job=question.job_id,
                 plan=question.plan,
                 plan_digest=plan.digest(),
-                snapshot=self._loans.snapshot,
+                snapshot=self._loans.snapshot.digest,
                 weight=weight,
             )
             self._folder.journal.write(
@@ -213,7 +215,7 @@ class Lender:
                 mode=plan.privacy.mode,
                 epsilon=plan.privacy.epsilon if plan.privacy.mode == "local" else None,
                 weight=weight,
-                snapshot=self._loans.snapshot,
+                snapshot=self._loans.snapshot.digest,
             )
             self._say(
                 f"accepted job {question.job_id} ({plan.model.kind}, {plan.training.rounds} rounds, {_privacy(plan)})"
@@ -356,7 +358,7 @@ class Lender:
         if same_loans and job.is_over():
             msg = f"job {job_id} is over at this lender; start a new job"
             raise PolicyRefusalError(msg)
-        if same_loans and accepted["snapshot"] != self._loans.snapshot:
+        if same_loans and accepted["snapshot"] != self._loans.snapshot.digest:
             msg = (
                 f"the loans changed since job {job_id} was accepted, and its budget is reserved for the earlier ones;"
                 " restore the table and restart, or wait for the next job"

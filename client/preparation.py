@@ -11,7 +11,7 @@ from fedfin.client.folder import LenderFolder
 from fedfin.credit.schema import Schema
 from fedfin.credit.source import Loans, read_loans
 from fedfin.errors import DataError
-from fedfin.privacy.ledger import snapshot_of
+from fedfin.privacy.snapshot import Snapshot, snapshot_of
 
 __all__ = ["PreparedLoans", "prepare"]
 
@@ -26,7 +26,7 @@ class PreparedLoans:
     schema: Schema = field(repr=False)
     train: Loans
     holdout: Loans
-    snapshot: str
+    snapshot: Snapshot
 
 
 def prepare(folder: LenderFolder) -> PreparedLoans:

@@ -7,7 +7,7 @@ from typing import Any
 from fedfin.client.evaluation import EVALUATION_FILE
 from fedfin.client.folder import LenderFolder
 from fedfin.errors import ConfigError
-from fedfin.privacy.accounting import epsilon_rdp
+from fedfin.privacy.accounting import borrower_epsilons
 
 __all__ = ["release_job", "status_of"]
 
@@ -20,12 +20,14 @@ def status_of(config_path: Path) -> dict[str, Any]:
         LedgerError: The ledger cannot be read.
     """
     folder = LenderFolder(config_path)
-    delta = folder.config.policy.max_delta
+    policy = folder.config.policy
+    delta = policy.max_delta
     snapshots: list[dict[str, Any]] = []
     if folder.ledger_path.exists():  # looking makes nothing
         with folder.ledger() as ledger:
             for snapshot in ledger.snapshots():
-                spent, reserved = ledger.spent(snapshot, delta), ledger.reserved(snapshot, delta)
+                spent, held = ledger.spent(snapshot, delta), ledger.held(snapshot, delta)
+                budget = ledger.budget(snapshot, epsilon_limit=policy.epsilon_limit, max_delta=delta)
                 snapshots.append(
                     {
                         "snapshot": snapshot,
@@ -33,8 +35,18 @@ def status_of(config_path: Path) -> dict[str, Any]:
                         "relation": "add_or_remove_one",
                         "epsilon_rdp": spent.epsilon_rdp,
                         "epsilon_pld": spent.epsilon_pld,
-                        "reserved_rdp": reserved.epsilon_rdp,
-                        "together_rdp": epsilon_rdp([*spent.events, *reserved.events], delta),
+                        "reserved_rdp": ledger.reserved(snapshot, delta).epsilon_rdp,
+                        "together_rdp": held.epsilon_rdp,
+                        "together_pld": held.epsilon_pld,
+                        "borrower_pld": borrower_epsilons(spent.events, delta),
+                        "filter": {
+                            "order": budget.account.order,
+                            "delta": budget.account.delta,
+                            "epsilon": budget.epsilon,
+                            "share_spent": budget.share(budget.spent),
+                            "share_reserved": budget.share(budget.reserved),
+                        },
+                        "others": list(budget.others),
                     }
                 )
     models: list[dict[str, Any]] = []
@@ -59,7 +71,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
         "name": folder.config.name,
         "federation": folder.config.federation,
         "coordinator": folder.config.coordinator,
-        "epsilon_limit": folder.config.policy.epsilon_limit,
+        "epsilon_limit": policy.epsilon_limit,
         "snapshots": snapshots,
         "models": models,
     }

@@ -2,16 +2,16 @@
 
 Two figures come from Google's dp_accounting, both upper bounds for the add-or-remove-one-loan relation.
 RDP (Mironov, Talwar & Zhang 2019, with the conversion of Canonne, Kamath & Steinke 2020, proposition 12)
-holds the limits and calibrates plans. Privacy loss distributions (PLD, Doroshenko et al. 2022) are tighter
-and stand beside it. No central-limit (GDP) figure: it reports too little.
+calibrates plans; the divergences it adds are what limits hold (`privacy/filter.py`). Privacy loss
+distributions (PLD, Doroshenko et al. 2022) are tighter and stand beside it. No central-limit (GDP) figure: it
+reports too little.
 """
 # pyright: reportMissingTypeStubs=false
 # dp_accounting ships no types
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,20 +21,24 @@ from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from fedfin.errors import PrivacyParameterError
 from fedfin.plan import PrivacyPlan
+from fedfin.privacy.events import Event, GaussianEvent, merge_events
 
 __all__ = [
+    "ORDERS",
     "CalibratedNoise",
+    "Event",
     "GaussianEvent",
     "borrower_epsilon",
+    "borrower_epsilons",
     "calibrate",
+    "checked_delta",
+    "divergences",
     "epsilon_pld",
     "epsilon_rdp",
     "job_events",
     "merge_events",
 ]
 
-_MIN_NOISE_MULTIPLIER = 0.01  # epsilon is in the thousands below
-_MIN_RATE_OVER_NOISE = 1e-5  # below, the divergence of a step drowns in float64's rounding and reads 0
 _PLD_INTERVAL = 1e-4
 # dp_accounting takes seconds beyond these sizes; the interval widens instead, which is as sound
 _PLD_POINTS = 500_000  # of the composed distribution, by FFT
@@ -44,7 +48,7 @@ _CALIBRATION_TOLERANCE = 0.005
 
 # Fine where plans live (orders 2 to 12), geometric above. The fractional orders below 3 do not always
 # converge; those left out make the minimum larger, never smaller.
-_ORDERS: tuple[float, ...] = (
+ORDERS: tuple[float, ...] = (
     *(1.25, 1.5, 1.75),
     *(order / 4 for order in range(8, 32)),
     *(order / 2 for order in range(16, 24)),
@@ -53,56 +57,7 @@ _ORDERS: tuple[float, ...] = (
     *range(128, 256, 32),
     *(256, 384, 512, 768, 1024),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class GaussianEvent:
-    """`count` releases of a Gaussian mechanism on a Poisson sample of the loans, or on all of them.
-
-    Attributes:
-        noise_multiplier: Noise's standard deviation over the L2 sensitivity; >= 0.01, at most
-            `sample_rate` * 1e5.
-        sample_rate: Chance of each loan to be in a release's sample, in (0, 1]; 1 samples nothing.
-        count: Releases; >= 1.
-
-    Raises:
-        PrivacyParameterError: A value is out of range, so that the event cannot be accounted for.
-    """
-
-    noise_multiplier: float
-    sample_rate: float = 1.0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not (0.0 < self.sample_rate <= 1.0):
-            msg = f"sample_rate is {self.sample_rate}; the chance of a loan to be sampled must be in (0, 1]"
-            raise PrivacyParameterError(msg)
-        largest = self.sample_rate / _MIN_RATE_OVER_NOISE
-        if not (_MIN_NOISE_MULTIPLIER <= self.noise_multiplier <= largest):
-            msg = (
-                f"noise_multiplier is {self.noise_multiplier} at sample_rate {self.sample_rate}; below"
-                f" {_MIN_NOISE_MULTIPLIER} it protects nothing and above {largest:g} its cost drowns in"
-                " rounding: choose one between"
-            )
-            raise PrivacyParameterError(msg)
-        if self.count < 1 or self.count != int(self.count):
-            msg = f"count is {self.count!r}; an event stands for a whole number of releases, at least 1"
-            raise PrivacyParameterError(msg)
-
-    @property
-    def mechanism(self) -> str:
-        """The mechanism's name in the ledger."""
-        return "gaussian"
-
-    @property
-    def sampler(self) -> str:
-        """How a release's sample is drawn: "poisson", or "none" when it takes all loans."""
-        return "poisson" if self.sample_rate < 1.0 else "none"
-
-    @property
-    def relation(self) -> str:
-        """The neighbouring relation of every figure: two tables differ by one loan added or removed."""
-        return "add_or_remove_one"
+"""The Renyi orders at which divergences are known, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +68,7 @@ class CalibratedNoise:
     training_noise_multiplier: float  # of each DP-SGD step's sum of clipped gradients
 
 
-def epsilon_pld(events: Sequence[GaussianEvent], delta: float) -> float:
+def epsilon_pld(events: Sequence[Event], delta: float) -> float:
     """Return epsilon of the composition by privacy loss distributions, the tightest figure.
 
     The loss is discretised at 1e-4, upwards. Where noise is below about 0.85 or epsilon above 50 the
@@ -131,11 +86,11 @@ def epsilon_pld(events: Sequence[GaussianEvent], delta: float) -> float:
 
     Source: Doroshenko, Ghazi, Kamath, Kumar & Manurangsi 2022, "Connect the dots".
     """
-    return _epsilon_pld(merge_events(events), _checked_delta(delta))
+    return _epsilon_pld(merge_events(events), checked_delta(delta))
 
 
-def epsilon_rdp(events: Sequence[GaussianEvent], delta: float) -> float:
-    """Return epsilon of the composition by Renyi differential privacy, the figure that limits hold.
+def epsilon_rdp(events: Sequence[Event], delta: float) -> float:
+    """Return epsilon of the composition by Renyi differential privacy, the least over all orders.
 
     Args:
         events: Releases, in any order.
@@ -149,10 +104,25 @@ def epsilon_rdp(events: Sequence[GaussianEvent], delta: float) -> float:
 
     Source: Mironov, Talwar & Zhang 2019, section 3.3; Canonne, Kamath & Steinke 2020, proposition 12.
     """
-    return _epsilon_rdp(merge_events(events), _checked_delta(delta))
+    return _epsilon_rdp(merge_events(events), checked_delta(delta))
 
 
-def borrower_epsilon(events: Sequence[GaussianEvent], delta: float, *, num_lenders: int) -> float:
+def divergences(events: Sequence[Event]) -> tuple[float, ...]:
+    """Return the Renyi divergence of the composition at each of `ORDERS`, which adds up over jobs.
+
+    Args:
+        events: Releases, in any order.
+
+    Returns:
+        Upper bounds, inf at an order where none is known; zeros without events.
+
+    Raises:
+        PrivacyParameterError: An event is of an unknown type.
+    """
+    return _composed(merge_events(events))
+
+
+def borrower_epsilon(events: Sequence[Event], delta: float, *, num_lenders: int) -> float:
     """Return the PLD epsilon of a borrower with one loan at each of `num_lenders` lenders.
 
     Each lender adds its own full noise (mode `local`) and releases the same events.
@@ -172,6 +142,12 @@ def borrower_epsilon(events: Sequence[GaussianEvent], delta: float, *, num_lende
         msg = f"num_lenders is {num_lenders}; a borrower is known to at least 1 lender"
         raise PrivacyParameterError(msg)
     return epsilon_pld(list(events) * num_lenders, delta)
+
+
+def borrower_epsilons(events: Sequence[Event], delta: float) -> tuple[float, float, float]:
+    """Return `borrower_epsilon` for a borrower known to 1, 2 and 3 lenders."""
+    one, two, three = (borrower_epsilon(events, delta, num_lenders=known) for known in (1, 2, 3))
+    return one, two, three
 
 
 def calibrate(plan: PrivacyPlan, *, sample_rate: float, num_steps: int) -> CalibratedNoise:
@@ -195,7 +171,8 @@ def calibrate(plan: PrivacyPlan, *, sample_rate: float, num_steps: int) -> Calib
     if plan.mode != "local":
         msg = f"privacy.mode is {plan.mode}; there is no noise to calibrate: set it to local"
         raise PrivacyParameterError(msg)
-    GaussianEvent(_MIN_NOISE_MULTIPLIER, sample_rate, num_steps)  # refuses a rate or count without meaning
+    least, _ = GaussianEvent.noise_range(sample_rate)
+    GaussianEvent(least, sample_rate, num_steps)  # refuses a rate or count without meaning
 
     def bins_epsilon(noise_multiplier: float) -> float:
         return epsilon_rdp([GaussianEvent(noise_multiplier)], plan.delta)
@@ -213,7 +190,7 @@ def calibrate(plan: PrivacyPlan, *, sample_rate: float, num_steps: int) -> Calib
     return CalibratedNoise(bins, training)
 
 
-def job_events(noise: CalibratedNoise, sample_rate: float, num_steps: int) -> tuple[GaussianEvent, ...]:
+def job_events(noise: CalibratedNoise, sample_rate: float, num_steps: int) -> tuple[Event, ...]:
     """Return a whole job's events: one histogram release on all loans, then the sampled steps.
 
     Raises:
@@ -225,25 +202,8 @@ def job_events(noise: CalibratedNoise, sample_rate: float, num_steps: int) -> tu
     )
 
 
-def merge_events(events: Iterable[GaussianEvent]) -> tuple[GaussianEvent, ...]:
-    """Return equal events as one with the sum of their counts, in a canonical order.
-
-    Raises:
-        PrivacyParameterError: An event is not a `GaussianEvent`.
-    """
-    counts: Counter[tuple[float, float]] = Counter()
-    for event in events:
-        if type(event) is not GaussianEvent:
-            msg = (
-                f"an event of type {type(event).__name__} cannot be accounted for; describe every release as"
-                " a GaussianEvent"
-            )
-            raise PrivacyParameterError(msg)
-        counts[event.noise_multiplier, event.sample_rate] += event.count
-    return tuple(GaussianEvent(*kind, count) for kind, count in sorted(counts.items()))
-
-
-def _checked_delta(delta: float) -> float:
+def checked_delta(delta: float) -> float:
+    """Return `delta`, or raise PrivacyParameterError where it is not in (0, 1)."""
     if not (0.0 < delta < 1.0):
         msg = f"delta is {delta}; it must be in (0, 1), well below one over the number of loans, such as 1e-5"
         raise PrivacyParameterError(msg)
@@ -251,7 +211,7 @@ def _checked_delta(delta: float) -> float:
 
 
 @lru_cache(maxsize=512)
-def _epsilon_pld(merged: tuple[GaussianEvent, ...], delta: float) -> float:
+def _epsilon_pld(merged: tuple[Event, ...], delta: float) -> float:
     bound = _epsilon_rdp(merged, delta)
     if not merged or bound > _NO_PROTECTION:
         return bound
@@ -265,19 +225,22 @@ def _epsilon_pld(merged: tuple[GaussianEvent, ...], delta: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon_rdp(merged: tuple[GaussianEvent, ...], delta: float) -> float:
+def _epsilon_rdp(merged: tuple[Event, ...], delta: float) -> float:
     if not merged:
         return 0.0
-    curves = [(event.count, _rdp_curve(event.noise_multiplier, event.sample_rate)) for event in merged]
-    composed = [sum(count * curve[order] for count, curve in curves) for order in range(len(_ORDERS))]
-    epsilon, _ = compute_epsilon(_ORDERS, composed, delta)
+    epsilon, _ = compute_epsilon(ORDERS, _composed(merged), delta)
     return float(epsilon)
+
+
+def _composed(merged: tuple[Event, ...]) -> tuple[float, ...]:
+    curves = [(event.count, _rdp_curve(event.noise_multiplier, event.sample_rate)) for event in merged]
+    return tuple(sum(count * curve[order] for count, curve in curves) for order in range(len(ORDERS)))
 
 
 @lru_cache(maxsize=4096)
 def _rdp_curve(noise_multiplier: float, sample_rate: float) -> tuple[float, ...]:
-    """Return one release's Renyi divergence at each of `_ORDERS`; inf where it did not converge."""
-    accountant = RdpAccountant(_ORDERS)
+    """Return one release's Renyi divergence at each of `ORDERS`; inf where it did not converge."""
+    accountant = RdpAccountant(ORDERS)
     logger = logging.getLogger("absl")
     logger.addFilter(_is_not_about_an_order)
     try:
@@ -299,7 +262,7 @@ def _dp_event(event: GaussianEvent) -> dp_event.DpEvent:
 
 
 def _is_not_about_an_order(record: logging.LogRecord) -> bool:
-    """Silence dp_accounting about orders that it leaves out (see `_ORDERS`), and nothing else."""
+    """Silence dp_accounting about orders that it leaves out (see `ORDERS`), and nothing else."""
     return not str(record.msg).startswith("_compute_log_a_frac failed to converge")
 
 
@@ -307,8 +270,8 @@ def _least_noise(
     epsilon_of: Callable[[float], float], target: float, *, start: float = 1.0, sample_rate: float = 1.0
 ) -> float:
     """Return a noise multiplier with epsilon in [0.995 * target, target], by bisection and secant steps."""
-    largest = sample_rate / _MIN_RATE_OVER_NOISE
-    low, high, enough = _MIN_NOISE_MULTIPLIER, largest, None
+    low, largest = GaussianEvent.noise_range(sample_rate)
+    high, enough = largest, None
     aim = (1.0 - 0.5 * _CALIBRATION_TOLERANCE) * target
     slope = 1.5  # epsilon goes as noise**-1 where it is small, as noise**-2 where it is large
     noise = start

@@ -2,37 +2,87 @@
 
 A job is reserved whole before anything leaves, each stage is committed before its release leaves, and what a
 finished job did not use is freed. Every method is one transaction that is on the disk when it returns, so a
-crash neither forgets a release nor charges it twice. The limit is held against the RDP figure; whatever cannot
-be recorded or read stops the work (`privacy/ledger_file.py`).
+crash neither forgets a release nor charges it twice. Whatever cannot be recorded or read stops the work
+(`privacy/ledger_file.py`).
 
-RDP composes adaptively at a fixed order (Feldman & Zrnic 2021). The figure here is the least over all orders,
-which is exact for jobs whose noise does not depend on what earlier jobs released.
+The limit is held by a Renyi filter (`privacy/filter.py`) for every loan of the snapshot a job asks for: what
+counts is all that left, or is reserved, of every snapshot that holds the loan (`privacy/overlap.py`). Figures are
+those of the loan that has given most.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 from fedfin.errors import BudgetSpentError, LedgerError, PrivacyParameterError
-from fedfin.privacy.accounting import GaussianEvent, epsilon_pld, epsilon_rdp, merge_events
-from fedfin.privacy.ledger_file import Entry, LedgerFile
-from fedfin.privacy.snapshot import snapshot_of
+from fedfin.privacy.accounting import epsilon_pld, epsilon_rdp
+from fedfin.privacy.events import Event, GaussianEvent, merge_events
+from fedfin.privacy.filter import Account, capacity, divergence, filter_epsilon, open_account
+from fedfin.privacy.ledger_file import Entry, LedgerFile, Stage
+from fedfin.privacy.overlap import memberships
+from fedfin.privacy.snapshot import Snapshot
 
-__all__ = ["Entry", "Ledger", "Spent", "snapshot_of"]
+__all__ = ["Budget", "Charge", "Entry", "Ledger", "Spent"]
+
+_EventsOf: TypeAlias = Callable[[tuple[Entry, ...]], list[Event]]
 
 _MAX_NAME = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Events and what they cost together; the neighbours differ by one loan added or removed."""
+    """Events of one loan and what they cost together; the neighbours differ by one loan added or removed."""
 
     epsilon_pld: float  # the tighter figure, for people
-    epsilon_rdp: float  # the figure that limits hold
-    events: tuple[GaussianEvent, ...]
+    epsilon_rdp: float  # the least over all Renyi orders
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """One release of what a snapshot's loans have given, and what they had given in all after it."""
+
+    entry: Entry
+    epsilon_pld: float
+    epsilon_rdp: float
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How the limit stands for the loan of a snapshot that has the least left.
+
+    Divergences are of the account's Renyi order; they add up, so shares of `capacity` do too.
+    """
+
+    account: Account  # its delta is the lower of the account's own and the lender's present one
+    epsilon_limit: float
+    capacity: float  # what the limit admits; 0 or below: nothing
+    spent: float
+    reserved: float
+    asked: float
+    others: tuple[str, ...]  # other snapshots that hold loans of this one and count here; digests
+
+    @property
+    def left(self) -> float:
+        """What neither was spent, nor is reserved, nor asked; below 0 where that passes the limit."""
+        return self.capacity - self.spent - self.reserved - self.asked
+
+    @property
+    def epsilon(self) -> float:
+        """What is spent, reserved and asked, as the filter's epsilon: the job fits up to `epsilon_limit`."""
+        return filter_epsilon(self.account, self.spent + self.reserved + self.asked)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the limit admits what is asked."""
+        return self.epsilon <= self.epsilon_limit
+
+    def share(self, spent: float) -> float:
+        """Return a divergence as a share of the capacity; above 1 (inf) where nothing may be spent."""
+        return spent / self.capacity if self.capacity > 0.0 else float("inf")
 
 
 class Ledger:
@@ -69,57 +119,60 @@ class Ledger:
         self._file.close()
 
     def reserve(
-        self, job_id: str, snapshot: str, events: Sequence[GaussianEvent], delta: float, epsilon_limit: float
+        self,
+        job_id: str,
+        snapshot: Snapshot,
+        events: Sequence[Event],
+        *,
+        delta: float,
+        epsilon_limit: float,
+        max_delta: float,
     ) -> None:
         """Record a whole job's events before any of them leaves; a repetition changes nothing.
 
         Args:
             job_id: The job, unique in this ledger.
-            snapshot: Digest of the table (`snapshot_of`).
+            snapshot: The loans (`snapshot_of`); their first job opens their account.
             events: Everything the job may release; at least one.
-            delta: In (0, 1).
-            epsilon_limit: The lender's limit for all jobs on this snapshot; also checked on a repetition.
+            delta: The job's own, in (0, 1); recorded. What is charged does not depend on it.
+            epsilon_limit: The lender's limit for all jobs on these loans; also checked on a repetition.
+            max_delta: The lender's delta for all jobs on these loans: a new account takes it, an older one is
+                held at the lower of its own and this.
 
         Raises:
-            BudgetSpentError: Committed, reserved and asked events together pass `epsilon_limit` by RDP.
+            BudgetSpentError: Committed, reserved and asked events together pass `epsilon_limit` for some loan.
             LedgerError: The id is taken by another job or a finished one, or nothing can be recorded.
             PrivacyParameterError: An argument has no meaning.
         """
-        _check_names(job_id=job_id, snapshot=snapshot)
-        if not epsilon_limit > 0.0:
-            msg = f"policy.epsilon_limit is {epsilon_limit}; it must be above 0"
-            raise PrivacyParameterError(msg)
+        _check_names(job_id=job_id, snapshot=snapshot.digest)
         asked = _some(events)
-        asked_epsilon = epsilon_rdp(asked, delta)
+        epsilon_rdp(asked, delta)  # refuses a delta without meaning
         with self._file.transaction():
             job = self._file.job(job_id)
-            if job and (job[0].snapshot, job[0].events, job[0].delta) != (snapshot, asked, delta):
+            if job and (job[0].snapshot, job[0].events, job[0].delta) != (snapshot.digest, asked, delta):
                 msg = f"job {job_id} is already reserved in {self._path} with other content; give this job its own id"
                 raise LedgerError(msg)
             if _is_over(job):
                 msg = f"job {job_id} is over in {self._path}; give the new job its own id"
                 raise LedgerError(msg)
-            held = _held(entry for entry in self._file.of_snapshot(snapshot) if entry.job_id != job_id)
-            total = epsilon_rdp([*held, *asked], delta)
-            if not total <= epsilon_limit:
-                msg = (
-                    f"job {job_id} asks ε={asked_epsilon:.4g} of data snapshot {snapshot[:12]}, which has"
-                    f" ε={epsilon_rdp(held, delta):.4g} spent or reserved; the total ε={total:.4g} (RDP,"
-                    f" δ={delta:g}) passes the limit of {epsilon_limit:g}; ask the data officer to raise"
-                    " policy.epsilon_limit in bank.yaml, or leave this job out"
-                )
-                raise BudgetSpentError(msg)
+            books = self._books(snapshot, without=job_id)
+            account = books.account(asked, epsilon_limit, max_delta)
+            budget = books.budget(account, asked, epsilon_limit, max_delta)
+            if not budget.fits:
+                raise BudgetSpentError(_refusal(job_id, snapshot, budget))
+            if books.own_account is None:
+                self._file.open_account(snapshot, account)
             if not job:
                 self._file.append(
-                    "reserve", job_id, snapshot, asked, delta=delta, epsilon_limit=epsilon_limit
+                    "reserve", job_id, snapshot.digest, asked, delta=delta, epsilon_limit=epsilon_limit
                 )
 
-    def commit(self, job_id: str, stage: str, events: Sequence[GaussianEvent], release_digest: str) -> None:
+    def commit(self, job_id: str, stage: str, events: Sequence[Event], release_digest: str) -> None:
         """Record that a stage's release is about to leave; a repetition with the same digest changes nothing.
 
         Args:
             job_id: A reserved job.
-            stage: What leaves, such as "bins" or "round 7"; each leaves once.
+            stage: What leaves, "statistics", "bins", "round 7" or "evaluation"; each leaves once.
             events: What the release costs; at least one, out of the reservation.
             release_digest: Digest of the bytes that leave.
 
@@ -128,7 +181,8 @@ class Ledger:
                 holds, the job is unknown or over, or nothing can be recorded: the release must not leave.
             PrivacyParameterError: An argument has no meaning.
         """
-        _check_names(job_id=job_id, stage=stage, release_digest=release_digest)
+        _check_names(job_id=job_id, release_digest=release_digest)
+        Stage.parse(stage)
         charged = _some(events)
         with self._file.transaction():
             job = self._file.job(job_id)
@@ -178,24 +232,150 @@ class Ledger:
         }
         return digests.get(stage)
 
-    def spent(self, snapshot: str, delta: float) -> Spent:
-        """Return what has left of a snapshot, at `delta` in (0, 1); zero for an unknown snapshot."""
-        entries = self._file.of_snapshot(snapshot)
-        return _spent((event for entry in entries if entry.kind == "commit" for event in entry.events), delta)
+    def spent(self, snapshot: Snapshot | str, delta: float) -> Spent:
+        """Return what has left of a snapshot's loans, at `delta` in (0, 1); each figure of its worst loan.
 
-    def reserved(self, snapshot: str, delta: float) -> Spent:
-        """Return what open jobs on a snapshot still hold beyond what they have committed."""
-        jobs = _by_job(self._file.of_snapshot(snapshot))
-        open_jobs = [job for job in jobs if not _is_over(job)]
-        return _spent((event for job in open_jobs for event in _events(_left(job))), delta)
+        Args:
+            snapshot: A digest in this ledger, or a snapshot that may be new to it.
+            delta: In (0, 1).
+
+        Returns:
+            Zero where none of these loans was ever used. `events` are those of the loan that is worst by RDP.
+        """
+        return _worst(self._books(snapshot).per_loan(_committed), delta)
+
+    def reserved(self, snapshot: Snapshot | str, delta: float) -> Spent:
+        """Return what open jobs still hold of a snapshot's loans beyond what they have committed, as `spent`."""
+        return _worst(self._books(snapshot).per_loan(_uncommitted), delta)
+
+    def held(self, snapshot: Snapshot | str, delta: float) -> Spent:
+        """Return what has left or is reserved of a snapshot's loans, as `spent`."""
+        return _worst(self._books(snapshot).per_loan(_held), delta)
+
+    def budget(
+        self,
+        snapshot: Snapshot | str,
+        asked: Sequence[Event] = (),
+        *,
+        epsilon_limit: float,
+        max_delta: float,
+    ) -> Budget:
+        """Return how the limit stands, and would stand with `asked`; nothing is recorded.
+
+        Args:
+            snapshot: As in `spent`.
+            asked: A job that might be reserved; empty for none.
+            epsilon_limit: The lender's limit.
+            max_delta: The lender's delta.
+
+        Raises:
+            BudgetSpentError: The limit is too small to hold at any order.
+            PrivacyParameterError: An argument has no meaning.
+        """
+        books, merged = self._books(snapshot), merge_events(asked)
+        account = books.account(merged, epsilon_limit, max_delta)
+        return books.budget(account, merged, epsilon_limit, max_delta)
+
+    def history(self, snapshot: Snapshot | str, delta: float) -> tuple[Charge, ...]:
+        """Return the releases that the loan with the largest spend gave, oldest first, with the running total."""
+        books = self._books(snapshot)
+        worst = max(
+            books.loans,
+            key=lambda loan: epsilon_rdp(_committed(books.entries_of(loan)), delta),
+        )
+        charges: list[Charge] = []
+        total: tuple[Event, ...] = ()
+        for entry in books.entries_of(worst):
+            if entry.kind == "commit":
+                total = merge_events([*total, *entry.events])
+                charges.append(Charge(entry, epsilon_pld(total, delta), epsilon_rdp(total, delta)))
+        return tuple(charges)
+
+    def account(self, snapshot: str) -> Account | None:
+        """Return a snapshot's account; None before its first job, and for one that only version 1 recorded."""
+        return self._file.accounts().get(snapshot)
 
     def entries(self, snapshot: str | None = None) -> tuple[Entry, ...]:
-        """Return all entries, or those of one snapshot, oldest first."""
-        return self._file.all_entries() if snapshot is None else self._file.of_snapshot(snapshot)
+        """Return all entries, or those of jobs on one snapshot, oldest first."""
+        return tuple(entry for entry in self._file.all_entries() if snapshot in {None, entry.snapshot})
 
     def snapshots(self) -> tuple[str, ...]:
         """Return the snapshots with entries, oldest first."""
         return tuple(dict.fromkeys(entry.snapshot for entry in self.entries()))
+
+    def _books(self, snapshot: Snapshot | str, *, without: str = "") -> "_Books":
+        digest = snapshot if isinstance(snapshot, str) else snapshot.digest
+        entries = tuple(entry for entry in self._file.all_entries() if entry.job_id != without)
+        names = [digest, *(entry.snapshot for entry in entries)]
+        known = {name: self._file.snapshot(name) for name in dict.fromkeys(names)}
+        if isinstance(snapshot, Snapshot):
+            known[digest] = snapshot
+        return _Books(digest, entries, self._file.accounts(), memberships(digest, known))
+
+
+@dataclass(frozen=True, slots=True)
+class _Books:
+    """All that is recorded, seen from one snapshot."""
+
+    snapshot: str
+    entries: tuple[Entry, ...]
+    accounts: Mapping[str, Account]  # oldest first
+    loans: tuple[frozenset[str], ...]  # the snapshots that each kind of this snapshot's loans are in
+
+    @property
+    def own_account(self) -> Account | None:
+        return self.accounts.get(self.snapshot)
+
+    @property
+    def overlapping(self) -> frozenset[str]:
+        return frozenset().union(*self.loans) - {self.snapshot}
+
+    def entries_of(self, loan: frozenset[str]) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.snapshot in loan)
+
+    def per_loan(self, events_of: _EventsOf) -> set[tuple[Event, ...]]:
+        return {merge_events(events_of(self.entries_of(loan))) for loan in self.loans}
+
+    def account(self, asked: tuple[Event, ...], epsilon_limit: float, max_delta: float) -> Account:
+        """Return the snapshot's account: its own, that of the oldest snapshot it meets, or a new one.
+
+        The order of a new one depends on the first job alone, which was known before anything left.
+        """
+        if not epsilon_limit > 0.0:
+            msg = f"policy.epsilon_limit is {epsilon_limit}; it must be above 0"
+            raise PrivacyParameterError(msg)
+        met = {self.snapshot, *self.overlapping}
+        for account in (self.own_account, *(self.accounts[name] for name in self.accounts if name in met)):
+            if account is not None:
+                return account
+        # only entries of version 1 are older than the account of their snapshot
+        first = (entry.events for entry in self.entries if entry.kind == "reserve" and entry.snapshot in met)
+        return open_account(next(first, asked) or (GaussianEvent(1.0),), epsilon_limit, max_delta)
+
+    def budget(
+        self, account: Account, asked: tuple[Event, ...], epsilon_limit: float, max_delta: float
+    ) -> Budget:
+        """Return the budget of the loan with the least left, at each of the accounts it is held to."""
+        budgets: list[Budget] = []
+        for loan in self.loans:
+            entries = self.entries_of(loan)
+            accounts = {account, *(self.accounts[name] for name in loan if name in self.accounts)}
+            for own in accounts:
+                held = replace(own, delta=min(own.delta, max_delta))
+                budgets.append(
+                    Budget(
+                        account=held,
+                        epsilon_limit=epsilon_limit,
+                        capacity=capacity(held, epsilon_limit),
+                        spent=divergence(_committed(entries), own.order),
+                        reserved=divergence(_uncommitted(entries), own.order),
+                        asked=divergence(asked, own.order),
+                        others=tuple(
+                            dict.fromkeys(e.snapshot for e in entries if e.snapshot != self.snapshot)
+                        ),
+                    )
+                )
+        return min(budgets, key=lambda budget: (budget.fits, -budget.share(budget.capacity - budget.left)))
 
 
 def _check_names(**names: str) -> None:
@@ -205,7 +385,7 @@ def _check_names(**names: str) -> None:
             raise PrivacyParameterError(msg)
 
 
-def _some(events: Sequence[GaussianEvent]) -> tuple[GaussianEvent, ...]:
+def _some(events: Sequence[Event]) -> tuple[Event, ...]:
     merged = merge_events(events)
     if not merged:
         msg = "no events were given; a release without an event has no privacy to record: state what it costs"
@@ -224,39 +404,56 @@ def _is_over(job: Sequence[Entry]) -> bool:
     return any(entry.kind == "release" for entry in job)
 
 
-def _count(events: Iterable[GaussianEvent]) -> Counter[tuple[float, float]]:
-    counts: Counter[tuple[float, float]] = Counter()
+def _count(events: Iterable[Event]) -> Counter[Event]:
+    counts: Counter[Event] = Counter()
     for event in events:
-        counts[event.noise_multiplier, event.sample_rate] += event.count
+        counts[replace(event, count=1)] += event.count
     return counts
 
 
-def _events(counts: Counter[tuple[float, float]]) -> tuple[GaussianEvent, ...]:
-    return tuple(GaussianEvent(*kind, count) for kind, count in sorted(counts.items()))
-
-
-def _left(job: Sequence[Entry]) -> Counter[tuple[float, float]]:
+def _left(job: Sequence[Entry]) -> Counter[Event]:
     """Return what a job's reservation holds beyond its commitments."""
-    committed = _count(event for entry in job[1:] for event in entry.events)
-    return _count(job[0].events) - committed
+    return _count(job[0].events) - _count(_committed(job))
 
 
-def _held(entries: Iterable[Entry]) -> list[GaussianEvent]:
+def _committed(entries: Iterable[Entry]) -> list[Event]:
+    return [event for entry in entries if entry.kind == "commit" for event in entry.events]
+
+
+def _uncommitted(entries: Iterable[Entry]) -> list[Event]:
+    """Return what open jobs hold beyond what they have committed."""
+    return [
+        replace(kind, count=count)
+        for job in _by_job(entries)
+        if not _is_over(job)
+        for kind, count in _left(job).items()
+    ]
+
+
+def _held(entries: tuple[Entry, ...]) -> list[Event]:
     """Return what counts against the limit: an open job whole, a finished one as far as it committed."""
-    held: list[GaussianEvent] = []
-    for job in _by_job(entries):
-        for entry in job[1:] if _is_over(job) else job[:1]:
-            held.extend(entry.events)
-    return held
+    return [*_committed(entries), *_uncommitted(entries)]
 
 
-def _spent(events: Iterable[GaussianEvent], delta: float) -> Spent:
-    merged = merge_events(events)
-    return Spent(epsilon_pld(merged, delta), epsilon_rdp(merged, delta), merged)
+def _worst(spends: Iterable[tuple[Event, ...]], delta: float) -> Spent:
+    figures = [Spent(epsilon_pld(events, delta), epsilon_rdp(events, delta), events) for events in spends]
+    worst = max(figures, key=lambda spent: spent.epsilon_rdp)
+    return replace(worst, epsilon_pld=max(spent.epsilon_pld for spent in figures))
 
 
-def _in_words(counts: Counter[tuple[float, float]]) -> str:
+def _refusal(job_id: str, snapshot: Snapshot, budget: Budget) -> str:
+    others = f", with {len(budget.others)} other snapshots that hold the same loans" if budget.others else ""
+    return (
+        f"job {job_id} asks {budget.share(budget.asked):.1%} of what policy.epsilon_limit {budget.epsilon_limit:g} admits"
+        f" for a loan of data snapshot {snapshot.digest[:12]}, and {budget.share(budget.spent + budget.reserved):.1%}"
+        f" is spent or reserved{others}; the total ε={budget.epsilon:.4g} (RDP of order {budget.account.order:g}, δ="
+        f"{budget.account.delta:g}, one loan added or removed) passes the limit; ask the data officer to raise"
+        " policy.epsilon_limit in bank.yaml, or leave this job out"
+    )
+
+
+def _in_words(counts: Counter[Event]) -> str:
     return ", ".join(
-        f"{count} of noise_multiplier {noise_multiplier:.4g} at sample_rate {sample_rate:g}"
-        for (noise_multiplier, sample_rate), count in sorted(counts.items())
+        f"{count} of noise_multiplier {kind.noise_multiplier:.4g} at sample_rate {kind.sample_rate:g}"
+        for kind, count in sorted(counts.items())
     )

@@ -5,6 +5,7 @@ Journal mode DELETE with synchronous=EXTRA: a transaction is on the disk, direct
 """
 
 import os
+import re
 import sqlite3
 import tempfile
 from collections.abc import Generator, Sequence
@@ -17,46 +18,19 @@ from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
 from fedfin.errors import LedgerError, PrivacyParameterError
-from fedfin.privacy.accounting import GaussianEvent
+from fedfin.privacy.events import Event, event_of
+from fedfin.privacy.filter import Account
+from fedfin.privacy.ledger_schema import APPLICATION_ID, SCHEMA_VERSION, upgrade
+from fedfin.privacy.snapshot import Snapshot
 
-__all__ = ["Entry", "Kind", "LedgerFile"]
+__all__ = ["Entry", "Kind", "LedgerFile", "Stage", "StageKind"]
 
 Kind: TypeAlias = Literal["reserve", "commit", "release"]
-_Fields: TypeAlias = tuple[Kind, str, str, str, str, float, float, str, str]  # of an Entry, but its events
+StageKind: TypeAlias = Literal["", "statistics", "bins", "training", "evaluation"]
+_Fields: TypeAlias = tuple[Kind, str, str, str, StageKind, int, str, float, float, str, str]  # but the events
 
-_APPLICATION_ID = 0x66656466  # "fedf"
-_SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 10.0
-_SCHEMA = """
-CREATE TABLE entry (
-    seq INTEGER PRIMARY KEY,
-    kind TEXT NOT NULL CHECK (kind IN ('reserve', 'commit', 'release')),
-    job_id TEXT NOT NULL,
-    snapshot TEXT NOT NULL,
-    stage TEXT NOT NULL,
-    release_digest TEXT NOT NULL,
-    delta REAL NOT NULL,
-    epsilon_limit REAL NOT NULL,
-    versions TEXT NOT NULL,
-    utc TEXT NOT NULL,
-    UNIQUE (job_id, kind, stage)
-) STRICT;
-CREATE INDEX entry_of_snapshot ON entry (snapshot);
-CREATE TABLE event (
-    seq INTEGER NOT NULL REFERENCES entry (seq),
-    mechanism TEXT NOT NULL,
-    noise_multiplier REAL NOT NULL,
-    sample_rate REAL NOT NULL,
-    count INTEGER NOT NULL,
-    sampler TEXT NOT NULL,
-    relation TEXT NOT NULL
-) STRICT;
-CREATE INDEX event_of_entry ON event (seq);
-CREATE TRIGGER entry_stays BEFORE DELETE ON entry BEGIN SELECT RAISE(ABORT, 'entries only grow'); END;
-CREATE TRIGGER entry_is_fixed BEFORE UPDATE ON entry BEGIN SELECT RAISE(ABORT, 'entries only grow'); END;
-CREATE TRIGGER event_stays BEFORE DELETE ON event BEGIN SELECT RAISE(ABORT, 'entries only grow'); END;
-CREATE TRIGGER event_is_fixed BEFORE UPDATE ON event BEGIN SELECT RAISE(ABORT, 'entries only grow'); END;
-"""
+_STAGE = re.compile(r"(?P<kind>statistics|bins|evaluation)|round (?P<round>[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +40,42 @@ class Entry:
     kind: Kind
     job_id: str
     snapshot: str
-    stage: str  # of a commit: "bins", "round 7"
+    stage: str  # of a commit, as `Stage.parse` reads it: "bins", "round 7"
+    stage_kind: StageKind  # of a commit
+    round: int  # of a commit of training, from 1
     release_digest: str  # of a commit
     delta: float  # as the job was reserved
     epsilon_limit: float  # as the job was reserved
     versions: str  # of fedfin and of the libraries that drew and accounted
     utc: str  # ISO 8601
-    events: tuple[GaussianEvent, ...]
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a release is part of: aggregate statistics, the bins' histograms, a training round, an evaluation."""
+
+    kind: StageKind
+    round: int  # of training, from 1; 0 otherwise
+
+    @classmethod
+    def parse(cls, text: str) -> "Stage":
+        """Read "statistics", "bins", "evaluation" or "round 7".
+
+        Raises:
+            PrivacyParameterError: The text is none of these.
+        """
+        match = _STAGE.fullmatch(text)
+        if match is None:
+            msg = f"stage is {text!r}; it must be statistics, bins, evaluation, or round and its number"
+            raise PrivacyParameterError(msg)
+        if match["round"]:
+            return cls("training", int(match["round"]))
+        return cls(cast("StageKind", match["kind"]), 0)
 
 
 class LedgerFile:
-    """The open file; made with mode 0600 if it is not there, its folder must be.
+    """The open file; made with mode 0600 if it is not there, its folder must be; an earlier version is brought up.
 
     Raises:
         LedgerError: The file cannot be made, read or trusted; says why and the mend.
@@ -129,30 +128,54 @@ class LedgerFile:
         """Return every entry, oldest first."""
         return self._read("", ())
 
-    def of_snapshot(self, snapshot: str) -> tuple[Entry, ...]:
-        """Return a snapshot's entries, oldest first."""
-        return self._read("WHERE snapshot = ?", (snapshot,))
-
     def job(self, job_id: str) -> tuple[Entry, ...]:
         """Return a job's entries, its reservation first; none for an unknown job."""
         return self._read("WHERE job_id = ?", (job_id,))
 
+    def accounts(self) -> dict[str, Account]:
+        """Return the account of each snapshot that has one, oldest first; those of version 1 have none."""
+        with self.failing_closed():
+            rows = self._db.execute(
+                "SELECT digest, renyi_order, delta FROM snapshot ORDER BY rowid"
+            ).fetchall()
+        try:
+            return {digest: Account(order, delta) for digest, order, delta in rows}
+        except PrivacyParameterError as error:
+            msg = f"{self.path} holds an account that this version cannot hold ({error}); restore it from a backup"
+            raise LedgerError(msg) from error
+
+    def snapshot(self, digest: str) -> Snapshot | None:
+        """Return a snapshot with its loans' digests, or None where they are not recorded."""
+        with self.failing_closed():
+            row = self._db.execute(
+                "SELECT digest, scheme, rows FROM snapshot WHERE digest = ?", (digest,)
+            ).fetchone()
+        return None if row is None else Snapshot(*row)
+
+    def open_account(self, snapshot: Snapshot, account: Account) -> None:
+        """Record a snapshot's loans and account, inside a transaction; they never change."""
+        self._db.execute(
+            "INSERT INTO snapshot VALUES (?, ?, ?, ?, ?)",
+            (snapshot.digest, snapshot.scheme, snapshot.rows, account.order, account.delta),
+        )
+
     def _read(self, where: str, parameters: tuple[str, ...]) -> tuple[Entry, ...]:
         query = (
-            "SELECT entry.seq, kind, job_id, snapshot, stage, release_digest, delta, epsilon_limit, versions, utc,"  # noqa: S608  `where` is one of the three above
-            " mechanism, noise_multiplier, sample_rate, count, sampler, relation"
+            "SELECT entry.seq, kind, job_id, snapshot, stage, stage_kind, round, release_digest, delta,"  # noqa: S608  `where` is one of the two above
+            " epsilon_limit, versions, utc,"
+            " mechanism, noise_multiplier, sample_rate, count, parameters, sampler, relation"
             f" FROM entry LEFT JOIN event ON event.seq = entry.seq {where} ORDER BY entry.seq, event.rowid"
         )
         with self.failing_closed():
             # one statement, so that a reader sees one state of the file
             rows = self._db.execute(query, parameters).fetchall()
-        events: dict[int, list[GaussianEvent]] = {}
+        events: dict[int, list[Event]] = {}
         fields: dict[int, _Fields] = {}
         for seq, *row in rows:
-            fields[seq] = cast("_Fields", tuple(row[:9]))
+            fields[seq] = cast("_Fields", tuple(row[:11]))
             events.setdefault(seq, [])
-            if row[9] is not None:
-                events[seq].append(self._parsed_event(*row[9:]))
+            if row[11] is not None:
+                events[seq].append(self._parsed_event(*row[11:]))
         return tuple(Entry(*row, tuple(events[seq])) for seq, row in fields.items())
 
     def _parsed_event(
@@ -161,11 +184,12 @@ class LedgerFile:
         noise_multiplier: float,
         sample_rate: float,
         count: int,
+        parameters: str,
         sampler: str,
         relation: str,
-    ) -> GaussianEvent:
+    ) -> Event:
         try:
-            event = GaussianEvent(noise_multiplier, sample_rate, count)
+            event = event_of(mechanism, noise_multiplier, sample_rate, count, parameters)
         except PrivacyParameterError as error:
             msg = (
                 f"{self.path} holds an event that cannot be accounted for ({error}); restore it from a backup"
@@ -184,7 +208,7 @@ class LedgerFile:
         kind: Kind,
         job_id: str,
         snapshot: str,
-        events: Sequence[GaussianEvent],
+        events: Sequence[Event],
         *,
         stage: str = "",
         release_digest: str = "",
@@ -193,14 +217,19 @@ class LedgerFile:
     ) -> None:
         """Add an entry, inside a transaction."""
         utc = datetime.now(UTC).isoformat(timespec="seconds")
+        what = Stage.parse(stage) if stage else Stage("", 0)
         cursor = self._db.execute(
-            "INSERT INTO entry (kind, job_id, snapshot, stage, release_digest, delta, epsilon_limit, versions, utc)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (kind, job_id, snapshot, stage, release_digest, delta, epsilon_limit, _versions(), utc),
+            "INSERT INTO entry (kind, job_id, snapshot, stage, stage_kind, round, release_digest, delta,"
+            " epsilon_limit, versions, utc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(kind, job_id, snapshot, stage, what.kind, what.round, release_digest, delta),
+                *(epsilon_limit, _versions(), utc),
+            ),
         )
         for event in events:
             self._db.execute(
-                "INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO event (seq, mechanism, noise_multiplier, sample_rate, count, sampler, relation,"
+                " parameters) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     cursor.lastrowid,
                     event.mechanism,
@@ -209,6 +238,7 @@ class LedgerFile:
                     event.count,
                     event.sampler,
                     event.relation,
+                    event.parameters,
                 ),
             )
 
@@ -218,14 +248,14 @@ class LedgerFile:
             raise LedgerError(msg)
         (application_id,) = self._db.execute("PRAGMA application_id").fetchone()
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if application_id != _APPLICATION_ID:
+        if application_id != APPLICATION_ID:
             msg = (
                 f"{self.path} is not a privacy ledger; name the lender's ledger, or restore it from a backup"
             )
             raise LedgerError(msg)
-        if version != _SCHEMA_VERSION:
+        if not 1 <= version <= SCHEMA_VERSION:
             msg = (
-                f"{self.path} has schema version {version} and this fedfin knows {_SCHEMA_VERSION}; install the"
+                f"{self.path} has schema version {version} and this fedfin knows {SCHEMA_VERSION}; install the"
                 " version that wrote it"
             )
             raise LedgerError(msg)
@@ -233,6 +263,8 @@ class LedgerFile:
         if state != "ok":
             msg = f"{self.path} is damaged ({state}); restore it from a backup"
             raise LedgerError(msg)
+        if version < SCHEMA_VERSION:
+            upgrade(self._db)
 
 
 def _create(path: Path) -> None:
@@ -240,11 +272,9 @@ def _create(path: Path) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
     try:
         os.close(handle)
-        with closing(sqlite3.connect(name)) as database:
-            database.executescript(
-                f"PRAGMA synchronous=EXTRA; BEGIN; PRAGMA application_id={_APPLICATION_ID};"
-                f" PRAGMA user_version={_SCHEMA_VERSION}; {_SCHEMA} COMMIT;"
-            )
+        with closing(sqlite3.connect(name, isolation_level=None)) as database:
+            database.execute("PRAGMA synchronous=EXTRA")
+            upgrade(database)
         # not rename: a ledger that another process made meanwhile must stay
         with suppress(FileExistsError):
             os.link(name, path)

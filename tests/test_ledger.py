@@ -1,6 +1,7 @@
 """The ledger never forgets a release, never charges one twice, and stops work when it cannot be sure."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import sqlite3
@@ -15,7 +16,8 @@ import pytest
 
 from fedfin.errors import BudgetSpentError, DataError, LedgerError, PrivacyParameterError
 from fedfin.privacy.accounting import GaussianEvent, epsilon_pld, epsilon_rdp
-from fedfin.privacy.ledger import Ledger, Spent, snapshot_of
+from fedfin.privacy.ledger import Ledger, Spent
+from fedfin.privacy.snapshot import Snapshot, snapshot_of
 
 DELTA = 1e-5
 SNAPSHOT = "5a" * 32
@@ -36,8 +38,16 @@ def ledger(path):
         yield opened
 
 
-def reserve(ledger, job_id="job-1", snapshot=SNAPSHOT, events=JOB, limit=10.0, delta=DELTA):
-    ledger.reserve(job_id, snapshot, events, delta, limit)
+def table(name=SNAPSHOT, loans=None, scheme="row"):
+    """A snapshot of these loans (numbers); without any its one loan is in no other snapshot."""
+    numbers = loans if loans is not None else [hash(name)]
+    rows = sorted(hashlib.sha256(str(number).encode()).digest()[:16] for number in numbers)
+    return Snapshot(name, scheme, b"".join(rows))
+
+
+def reserve(ledger, job_id="job-1", snapshot=SNAPSHOT, events=JOB, limit=10.0, delta=DELTA, max_delta=DELTA):
+    loans = table(snapshot) if isinstance(snapshot, str) else snapshot
+    ledger.reserve(job_id, loans, events, delta=delta, epsilon_limit=limit, max_delta=max_delta)
 
 
 def spend(ledger, job_id="job-1"):
@@ -126,7 +136,8 @@ def test_a_committed_stage_is_found_by_its_name(ledger):
 def test_a_job_that_just_fits_is_reserved_and_the_next_is_refused(ledger):
     reserve(ledger, "job-1", limit=JOB_COST)
     with pytest.raises(
-        BudgetSpentError, match=r"job-2 asks ε=.*spent or reserved.*passes the limit of .*raise"
+        BudgetSpentError,
+        match=r"job-2 asks 100.0% of .* and 100.0% is spent or reserved.*passes the limit; .*raise",
     ):
         reserve(ledger, "job-2", limit=JOB_COST)
     assert [entry.job_id for entry in ledger.entries()] == ["job-1"]
@@ -140,7 +151,8 @@ def test_what_has_left_counts_for_ever_and_what_has_not_is_free_again(ledger):
     ledger.release("job-2")
     with pytest.raises(BudgetSpentError):
         reserve(ledger, "job-3", limit=JOB_COST)
-    reserve(ledger, "job-3", limit=epsilon_rdp([*JOB, BINS], DELTA))
+    # 1.001: the account keeps the order that its first limit and job gave it
+    reserve(ledger, "job-3", limit=1.001 * epsilon_rdp([*JOB, BINS], DELTA))
 
 
 def test_a_limit_lowered_meanwhile_binds_a_repeated_reservation(ledger):
@@ -260,6 +272,8 @@ def test_entries_cannot_be_changed_or_removed(ledger, path):
         "DELETE FROM event",
         "UPDATE entry SET stage = 'x'",
         "UPDATE event SET count = 0",
+        "DELETE FROM snapshot",
+        "UPDATE snapshot SET delta = 0.5",
     ):
         with pytest.raises(sqlite3.IntegrityError, match="entries only grow"):
             other.execute(statement)
@@ -313,7 +327,7 @@ def test_an_unknown_schema_version_is_refused(path):
 def test_an_event_that_cannot_be_accounted_for_stops_the_work(ledger, path, values):
     spend(ledger)
     other = sqlite3.connect(path)
-    other.execute(f"INSERT INTO event VALUES (1, {values})")
+    other.execute(f"INSERT INTO event VALUES (1, {values}, '{{}}')")
     other.commit()
     other.close()
     with pytest.raises(LedgerError, match="account"):
@@ -364,7 +378,10 @@ PROCESSES = textwrap.dedent(
     from fedfin.errors import BudgetSpentError
     from fedfin.privacy.accounting import GaussianEvent
     from fedfin.privacy.ledger import Ledger
+    from fedfin.privacy.snapshot import Snapshot
 
+    LIMITS = dict(delta=1e-5, epsilon_limit=10.0, max_delta=1e-5)
+    LOANS = Snapshot("snapshot", "row", bytes(16))
     BINS, ROUND = GaussianEvent(40.0), GaussianEvent(20.0, 0.5, 5)
     JOB = [BINS, GaussianEvent(20.0, 0.5, 10)]
 
@@ -389,7 +406,7 @@ PROCESSES = textwrap.dedent(
                 ledger._file._db.set_trace_callback(point)
             if any(entry.kind == "release" for entry in ledger.entries()):
                 return points[0]
-            ledger.reserve("job", "snapshot", JOB, 1e-5, 10.0)
+            ledger.reserve("job", LOANS, JOB, **LIMITS)
             done("reserve")
             for stage, events in (("bins", [BINS]), ("round 1", [ROUND]), ("round 2", [ROUND])):
                 ledger.commit("job", stage, events, "digest of " + stage)
@@ -443,7 +460,8 @@ PROCESSES = textwrap.dedent(
                     os.read(reader, 1)  # until the parent closes the gate
                     try:
                         with Ledger(path) as ledger:
-                            ledger.reserve(f"job-{racer}", "snapshot", JOB, 1e-5, float(sys.argv[3]))
+                            limits = {**LIMITS, "epsilon_limit": float(sys.argv[3])}
+                            ledger.reserve(f"job-{racer}", LOANS, JOB, **limits)
                     except BudgetSpentError:
                         os._exit(3)
                     except BaseException:
@@ -491,7 +509,7 @@ LABELS = np.array([0, 1, 0])
 
 def test_a_snapshot_ignores_the_order_of_rows_and_columns_and_how_numbers_are_held():
     expected = snapshot_of(FRAME, LABELS, SALT)
-    assert len(expected) == 64
+    assert len(expected.digest) == 64
     order = [2, 0, 1]
     assert snapshot_of(FRAME.iloc[order], LABELS[order], SALT) == expected
     assert snapshot_of(FRAME[["age", "home", "income"]], LABELS, SALT) == expected
@@ -515,16 +533,16 @@ def test_a_snapshot_ignores_the_order_of_rows_and_columns_and_how_numbers_are_he
     ids=["number", "text", "missing text", "missing number", "cells swapped", "name"],
 )
 def test_another_table_is_another_snapshot(frame):
-    assert snapshot_of(frame, LABELS, SALT) != snapshot_of(FRAME, LABELS, SALT)
+    assert snapshot_of(frame, LABELS, SALT).digest != snapshot_of(FRAME, LABELS, SALT).digest
 
 
 def test_other_labels_salts_and_repeated_rows_are_other_snapshots():
     twice = pd.concat([FRAME, FRAME.iloc[:1]])
     digests = {
-        snapshot_of(FRAME, LABELS, SALT),
-        snapshot_of(FRAME, 1 - LABELS, SALT),
-        snapshot_of(FRAME, LABELS, SALT[::-1]),
-        snapshot_of(twice, np.array([0, 1, 0, 0]), SALT),
+        snapshot_of(FRAME, LABELS, SALT).digest,
+        snapshot_of(FRAME, 1 - LABELS, SALT).digest,
+        snapshot_of(FRAME, LABELS, SALT[::-1]).digest,
+        snapshot_of(twice, np.array([0, 1, 0, 0]), SALT).digest,
     }
     assert len(digests) == 4
 
