@@ -3,7 +3,8 @@
 Production noise comes from an AES-256-CTR keystream under a key that never leaves the object. Each sample
 is the normalised sum of four independent Gaussians, so that the low bits of a released float no longer
 tell which value the noise was added to (Mironov 2012, "On significance of the least significant bits";
-Holohan & Braghin 2021, "Secure random sampling in differential privacy", section 4).
+Holohan & Braghin 2021, "Secure random sampling in differential privacy", section 5.1). Why floats and not
+discrete noise, and why one angle may serve two samples: docs/decisions/0011.
 """
 
 import math
@@ -23,9 +24,11 @@ __all__ = ["NoiseSource", "SecureNoise", "Shape", "SimulatedNoise", "require_pro
 
 Shape: TypeAlias = int | tuple[int, ...]
 
-_BLOCK = 2048  # samples at a time: the block's arrays stay in the second-level cache
+_PAIRS = 4096  # pairs of samples at a time: the block's arrays stay in the second-level cache
 _NUM_SUMMANDS = 4
-_WORD_BYTES = 8
+_WORDS = 2 * _NUM_SUMMANDS  # a radius and an angle for each summand of a pair
+_ZEROS = bytes(8 * _WORDS * _PAIRS)  # what is encrypted: the keystream itself comes out
+_TAIL = 15  # update_into asks for room for a block of AES less one byte beyond the data
 
 
 class NoiseSource(Protocol):
@@ -81,14 +84,12 @@ class SecureNoise:
         """
         num = _checked_size(size)
         _check_stddev(stddev)
-        noise = np.empty(num)
-        for start in range(0, num, _BLOCK):
-            block = noise[start : start + _BLOCK]
-            block[:] = self._standard_normal(block.size)
+        noise = np.empty(num + num % 2)
+        self._fill_with_sums(noise)
         # the sum of four unit Gaussians has standard deviation 2
         noise *= stddev / math.sqrt(_NUM_SUMMANDS)
         _check_finite(noise, stddev)
-        return noise.reshape(size)
+        return noise[:num].reshape(size)
 
     def bernoulli(self, num: int, rate: float) -> NDArray[np.bool_]:
         """Return a Poisson-sampled batch from the keystream; who is in it is as secret as the noise.
@@ -105,37 +106,53 @@ class SecureNoise:
         """
         _checked_size(num)
         _check_rate(rate)
-        return self._integers_53(num) < rate * 2.0**53
+        if rate == 1.0:
+            return np.ones(num, dtype=np.bool_)
+        words = self._words(num)
+        words >>= np.uint64(11)
+        return words < rate * 2.0**53
 
-    def words(self, num: int) -> NDArray[np.uint64]:
-        """Return uniform 64-bit integers from the keystream, shape (num,).
+    def _fill_with_sums(self, noise: NDArray[np.float64]) -> None:
+        """Write sums of four unit Gaussians, of variance 4, into `noise`, whose length is even."""
+        size = min(_PAIRS, len(noise) // 2)
+        uniforms, scratch = np.empty(_WORDS * size), np.empty(_NUM_SUMMANDS * size)
+        for start in range(0, len(noise), 2 * _PAIRS):
+            block = noise[start : start + 2 * _PAIRS]
+            pairs = len(block) // 2
+            num = _NUM_SUMMANDS * pairs
+            words = self._words(_WORDS * pairs)
+            words >>= np.uint64(11)
+            uniforms[: 2 * num] = words
+            radii, tangents, squares = uniforms[:num], uniforms[num : 2 * num], scratch[:num]
+            radii += 1.0  # a uniform in (0, 1], for its logarithm
+            radii *= 2.0**-53
+            np.log(radii, out=radii)
+            radii *= -2.0
+            np.sqrt(radii, out=radii)
+            # cosine and sine by the half-angle's tangent: numpy vectorises tan and not cos, five times faster
+            tangents *= math.pi * 2.0**-53
+            np.tan(tangents, out=tangents)
+            np.multiply(tangents, tangents, out=squares)
+            squares += 1.0
+            radii /= squares
+            np.subtract(2.0, squares, out=squares)
+            squares *= radii  # radius * cosine
+            tangents *= radii  # radius * sine / 2
+            # The cosines make one sample and the sines another, never both one: in one sum each angle's two
+            # Gaussians would collapse into one, and four into two.
+            np.add.reduce(squares.reshape(_NUM_SUMMANDS, pairs), axis=0, out=block[:pairs])
+            np.add.reduce(tangents.reshape(_NUM_SUMMANDS, pairs), axis=0, out=block[pairs:])
+            block[pairs:] *= 2.0
 
-        Raises:
-            PrivacyParameterError: `num` is negative.
-        """
-        _checked_size(num)
+    def _words(self, num: int) -> NDArray[np.uint64]:
+        """Return uniform 64-bit words, shape (num,), the caller's own."""
         if os.getpid() != self._pid:
             self._rekey()
-        words = np.zeros(num, dtype=np.uint64)
-        stream = self._keystream.update(words.view(np.uint8).data) if num else b""
-        return np.frombuffer(stream, dtype=np.uint64)
-
-    def _standard_normal(self, num: int) -> NDArray[np.float64]:
-        """Return sums of four unit Gaussians, shape (num,)."""
-        words = self._integers_53(2 * _NUM_SUMMANDS * num).astype(np.float64).reshape(2, -1)
-        # + 1: the radius needs a uniform in (0, 1]
-        gaussians = np.sqrt(-2.0 * np.log((words[0] + 1.0) * 2.0**-53))
-        # the cosine by the half-angle's tangent: numpy vectorises tan and not cos, five times faster;
-        # only the cosine is used: with its sine in the same sum the four would collapse into two
-        tangent_squared = np.tan(words[1] * (math.pi * 2.0**-53))
-        tangent_squared *= tangent_squared
-        gaussians *= (1.0 - tangent_squared) / (1.0 + tangent_squared)
-        total: NDArray[np.float64] = gaussians.reshape(_NUM_SUMMANDS, num).sum(axis=0)
-        return total
-
-    def _integers_53(self, num: int) -> NDArray[np.uint64]:
-        """Return uniform integers below 2**53, shape (num,)."""
-        return self.words(num) >> np.uint64(11)
+        stream = np.empty(8 * num + _TAIL, dtype=np.uint8)
+        zeros, room = memoryview(_ZEROS), memoryview(stream)
+        for start in range(0, 8 * num, len(_ZEROS)):
+            self._keystream.update_into(zeros[: 8 * num - start], room[start:])
+        return stream[: 8 * num].view(np.uint64)
 
     def _rekey(self) -> None:
         self._keystream: CipherContext = Cipher(AES(secrets.token_bytes(32)), CTR(bytes(16))).encryptor()
