@@ -25,6 +25,12 @@ def check_plan(plan: JobPlan, policy: LenderPolicy) -> None:
     if privacy.mode == "none" and not policy.allow_no_privacy:
         msg = "privacy.mode is none, and this lender's policy.allow_no_privacy is false; use mode local"
         raise PolicyRefusalError(msg)
+    if privacy.mode == "shared":
+        msg = (
+            "privacy.mode is shared, and this release of fedfin has no secure aggregation: a share of the noise alone"
+            " does not protect these loans; use mode local"
+        )
+        raise PolicyRefusalError(msg)
     if privacy.mode != "none" and privacy.delta > policy.max_delta:
         msg = f"privacy.delta is {privacy.delta:g}, and this lender accepts at most {policy.max_delta:g}; lower it"
         raise PolicyRefusalError(msg)

@@ -79,11 +79,13 @@ class TrainingPlan(Section):
 class PrivacyPlan(Section):
     """The guarantee that each lender gives for each of its own loans."""
 
-    mode: Literal["local", "none"] = Field(
+    mode: Literal["local", "shared", "none"] = Field(
         default="local",
         description=(
-            "local: each lender's releases are differentially private by its own noise. none: no privacy; refused"
-            " unless the lender's bank.yaml says allow_no_privacy too."
+            "local: each lender's releases are differentially private by its own noise. shared: each lender adds a"
+            " share of the noise and only the cohort's sum is private; needs secure aggregation, which is not built"
+            " yet, so server and lenders refuse it and only simulations run it. none: no privacy; refused unless"
+            " the lender's bank.yaml says allow_no_privacy too."
         ),
     )
     epsilon: float = Field(
@@ -95,6 +97,22 @@ class PrivacyPlan(Section):
     )
     bins_share: float = Field(
         default=0.2, gt=0, lt=1, description="Share of epsilon that the histograms for the bins may take."
+    )
+    planned_dropouts: int = Field(
+        default=0,
+        ge=0,
+        description=(
+            "Mode shared: lenders of a round's cohort that may fail to answer; with fewer left the round's sum is"
+            " not published. Each one planned for adds noise."
+        ),
+    )
+    planned_colluders: int = Field(
+        default=0,
+        ge=0,
+        description=(
+            "Mode shared: lenders of the cohort that may tell others their share of the noise without anyone's"
+            " guarantee suffering. Each one planned for adds noise."
+        ),
     )
 
 
@@ -136,6 +154,33 @@ class JobPlan(Section):
         if wait_for is not None and wait_for < self.cohort.min_lenders:
             msg = (
                 f"cohort.wait_for is {wait_for}, below cohort.min_lenders {self.cohort.min_lenders}; raise it"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _shared_noise_fits(self) -> "JobPlan":
+        privacy, training = self.privacy, self.training
+        lost = privacy.planned_dropouts + privacy.planned_colluders
+        if privacy.mode != "shared" and lost:
+            msg = (
+                f"privacy.planned_dropouts {privacy.planned_dropouts} and privacy.planned_colluders"
+                f" {privacy.planned_colluders} mean something in mode shared only, and privacy.mode is {privacy.mode};"
+                " leave both out"
+            )
+            raise ValueError(msg)
+        if privacy.mode == "shared" and lost >= self.cohort.min_lenders:
+            msg = (
+                f"privacy.planned_dropouts {privacy.planned_dropouts} and privacy.planned_colluders"
+                f" {privacy.planned_colluders} together must be below cohort.min_lenders {self.cohort.min_lenders}, or"
+                " nobody's share of the noise is sure to be there; lower them, or raise cohort.min_lenders"
+            )
+            raise ValueError(msg)
+        if privacy.mode == "shared" and (training.local_steps != 1 or training.weighting != "size"):
+            msg = (
+                "privacy.mode shared publishes one sum of clipped gradients a round, of all loans alike; set"
+                f" training.local_steps to 1 (it is {training.local_steps}), training.weighting to size (it is"
+                f" {training.weighting}), and take more rounds instead"
             )
             raise ValueError(msg)
         return self

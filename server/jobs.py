@@ -10,7 +10,7 @@ from fedfin.errors import ConfigError
 from fedfin.plan import JobPlan
 from fedfin.server.roster import FederationStore, Job
 
-__all__ = ["SILENT_S", "Say", "Waiting", "choose_job"]
+__all__ = ["SILENT_S", "Say", "Waiting", "check_runnable", "choose_job"]
 
 SILENT_S: Final = 30.0
 """A waiting coordinator says for whom, and proposes again to who failed, this often."""
@@ -19,13 +19,28 @@ Say = Callable[[Mapping[str, Any]], None]
 """Reports an event to people: a mapping with `event` and what belongs to it; no metric of one lender."""
 
 
+def check_runnable(plan: JobPlan) -> None:
+    """Refuse a plan that no federation of this release may run.
+
+    Raises:
+        ConfigError: The plan is of mode shared.
+    """
+    if plan.privacy.mode == "shared":
+        msg = (
+            "privacy.mode is shared, and this release of fedfin has no secure aggregation, without which a share of"
+            " the noise protects no lender; set it to local"
+        )
+        raise ConfigError(msg)
+
+
 def choose_job(store: FederationStore, plan: JobPlan, *, new_job: bool, say: Say) -> Job:
     """Return the job to run: the unfinished one of this plan, or a new one.
 
     Raises:
         ConfigError: An unfinished job has another plan, or this plan was trained already; both need
-            `--new-job`, since a repeated job spends the lenders' budgets again.
+            `--new-job`, since a repeated job spends the lenders' budgets again. Or the plan cannot be run at all.
     """
+    check_runnable(plan)
     jobs = store.jobs()
     running = next((job for job in jobs if job.status == "running"), None)
     if running is not None and running.digest != plan.digest() and not store.weights(running.job_id):

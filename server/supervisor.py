@@ -19,6 +19,7 @@ from typing import IO, Any, Final
 
 from fedfin.errors import LinkError
 from fedfin.server.founding import Federation
+from fedfin.server.jobs import check_runnable
 
 __all__ = ["supervise"]
 
@@ -48,9 +49,12 @@ def supervise(
         stop: When set, both processes are ended and the call returns; the job goes on at the next call.
 
     Raises:
+        ConfigError: The job's plan cannot be run at all; nothing was started.
         LinkError: The SuperLink cannot start (port taken), keeps dying, or the job failed; says why.
         KeyboardInterrupt: Passed on after both processes have ended.
     """
+    if not enrol_only:
+        check_runnable(federation.config.job)
     pair = _Pair(federation, on_event)
     try:
         pair.run(new_job=new_job, stop=stop or threading.Event(), enrol_only=enrol_only)

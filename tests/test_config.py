@@ -50,6 +50,14 @@ def test_an_unknown_key_is_refused_and_the_known_ones_are_named(model, text):
         assert key in message
 
 
+def test_a_plan_of_mode_shared_parses_once_its_mends_are_made():
+    text = (
+        f"{FEDERATION}job: {{privacy: {{mode: shared, planned_dropouts: 1, planned_colluders: 1}},"
+        " training: {local_steps: 1}, cohort: {min_lenders: 3}}\n"
+    )
+    assert parse_yaml(text, FederationConfig, origin="the.yaml").job.privacy.planned_colluders == 1
+
+
 def test_an_unknown_key_in_a_section_is_refused_by_its_path():
     message = refusal(f"{FEDERATION}job: {{training: {{epochs: 3}}}}\n", FederationConfig)
     assert "job.training.epochs is not a key of this release" in message
@@ -110,6 +118,18 @@ def test_a_key_given_twice_is_refused_with_its_line(text, model, line):
         (
             f"{FEDERATION}job: {{cohort: {{wait_for: 2, min_lenders: 3}}}}\n",
             "cohort.wait_for is 2, below cohort.min_lenders 3; raise it",
+        ),
+        (
+            f"{FEDERATION}job: {{privacy: {{planned_dropouts: 1}}}}\n",
+            "privacy.planned_colluders 0 mean something in mode shared only, and privacy.mode is local; leave both out",
+        ),
+        (
+            f"{FEDERATION}job: {{privacy: {{mode: shared, planned_dropouts: 1, planned_colluders: 1}}}}\n",
+            "together must be below cohort.min_lenders 2, or nobody's share of the noise is sure to be there",
+        ),
+        (
+            f"{FEDERATION}job: {{privacy: {{mode: shared}}}}\n",
+            "set training.local_steps to 1 (it is 10), training.weighting to size (it is size)",
         ),
     ],
 )
@@ -277,7 +297,7 @@ def test_every_key_has_a_description_and_stands_in_the_example(model):
 def test_the_reference_names_range_and_default():
     rows = {key: (kind, default) for key, kind, default, _ in reference(FederationConfig)}
     assert rows["federation"] == ("text", "required")
-    assert rows["job.privacy.mode"] == ("local or none", "local")
+    assert rows["job.privacy.mode"] == ("local or shared or none", "local")
     assert rows["job.privacy.epsilon"] == ("number, > 0, <= 100", "3.0")
     assert rows["job.cohort.wait_for"] == ("whole number, >= 1", "null")
 

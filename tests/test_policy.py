@@ -29,6 +29,14 @@ def test_the_default_plan_passes_the_default_policy():
             "privacy.mode is none, and this lender's policy.allow_no_privacy is false; use mode local",
         ),
         (
+            {"privacy": {"mode": "shared"}, "training": {"local_steps": 1}},
+            {},
+            (
+                "privacy.mode is shared, and this release of fedfin has no secure aggregation: a share of the noise"
+                " alone does not protect these loans; use mode local"
+            ),
+        ),
+        (
             {"privacy": {"delta": 2e-5}},
             {"max_delta": 1e-5},
             "privacy.delta is 2e-05, and this lender accepts at most 1e-05; lower it",
@@ -49,7 +57,7 @@ def test_the_default_plan_passes_the_default_policy():
             "cohort.min_lenders is 2, and this lender joins cohorts of 3 and more only; raise it",
         ),
     ],
-    ids=["no-privacy", "delta", "model", "rounds", "cohort"],
+    ids=["no-privacy", "shared", "delta", "model", "rounds", "cohort"],
 )
 def test_a_plan_outside_the_policy_is_refused_by_key_value_and_mend(plan, policy, refusal):
     with pytest.raises(PolicyRefusalError, match=f"^{re.escape(refusal)}$"):

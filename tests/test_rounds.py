@@ -678,6 +678,15 @@ def test_a_first_plan_is_a_new_job_named_after_it(house):
     assert house.events == [{"event": "started", "job": job.job_id}]
 
 
+def test_a_plan_of_mode_shared_is_refused_before_anyone_is_asked(house):
+    plan = JobPlan.model_validate({"privacy": {"mode": "shared"}, "training": {"local_steps": 1}})
+    with pytest.raises(ConfigError, match=r"no secure aggregation, without which .*; set it to local$"):
+        choose(house, plan)
+    assert house.store.jobs() == ()
+    local = {"mode": "local"}
+    assert choose(house, JobPlan.model_validate({"privacy": local})).status == "running"
+
+
 def test_an_unfinished_job_of_the_same_plan_goes_on(house):
     job = choose(house, plan_with())
     assert choose(house, plan_with()) == job
