@@ -8,13 +8,13 @@ variance (`fedfin.privacy.accounting`), plus what the lattice may add: the claim
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 
 from fedfin.errors import PrivacyParameterError
-from fedfin.plan import PrivacyPlan
+from fedfin.plan import JobPlan, PrivacyPlan
 from fedfin.privacy.accounting import CalibratedNoise, GaussianEvent, calibrate, epsilon_pld, epsilon_rdp
 from fedfin.privacy.shared_events import SharedNoiseEvent, shared_event
 from fedfin.privacy.shares import Cohort, ShareScheme, SumShape, make_scheme
@@ -26,6 +26,7 @@ __all__ = [
     "shared_epsilon_pld",
     "shared_epsilon_rdp",
     "shared_events",
+    "shared_sums",
 ]
 
 _LARGEST_EPSILON = 150.0  # beyond the largest plan; larger ones are inf
@@ -46,12 +47,54 @@ class SharedSums:
     histogram: SumShape
     gradient: SumShape
 
+    def gradient_of(self, size: int) -> SumShape:
+        """Return a gradient's shape once the model's size is known; raises where it passes the accounted bound."""
+        if size > self.gradient.size:
+            msg = f"a gradient of {size} values was accounted for as {self.gradient.size} at most; plan the job anew"
+            raise PrivacyParameterError(msg)
+        return replace(self.gradient, size=size)
+
     def schemes(self, noise: CalibratedNoise) -> tuple[ShareScheme, ShareScheme]:
         """Return how to round and add noise, for the histogram and for a gradient."""
         return (
             make_scheme(noise.bins_noise_multiplier, self.cohort, self.histogram),
             make_scheme(noise.training_noise_multiplier, self.cohort, self.gradient),
         )
+
+
+def shared_sums(
+    plan: JobPlan, *, num_lenders: int, num_cells: int, num_features: int, num_parameters: int
+) -> SharedSums:
+    """Return the sums of a job: all its public parts, the same at every lender.
+
+    Every loan counts alike, up to a point: a lender's sum is scaled down to the norm that `weight_cap` loans could
+    reach, so that the lattice can be as fine as the ring allows and no bank owns the model.
+
+    Args:
+        plan: The job.
+        num_lenders: Lenders that start a round; at least cohort.min_lenders.
+        num_cells: Cells of a histogram.
+        num_features: Columns of a histogram; a loan counts once in each, so its L2 sensitivity is the square root.
+        num_parameters: Parameters of the model, or an upper bound while the bins are not known.
+
+    Raises:
+        PrivacyParameterError: There are fewer lenders than the plan's quorum, or a count is below 1.
+    """
+    if num_lenders < plan.cohort.min_lenders:
+        msg = (
+            f"{num_lenders} lenders start the round, and cohort.min_lenders is {plan.cohort.min_lenders}; wait for"
+            " more, or lower it"
+        )
+        raise PrivacyParameterError(msg)
+    privacy, training = plan.privacy, plan.training
+    cohort = Cohort(num_lenders, privacy.planned_dropouts, privacy.planned_colluders)
+    one_loan = math.sqrt(num_features)
+    most_loans = max(1.0, training.sample_rate * training.weight_cap)
+    return SharedSums(
+        cohort,
+        SumShape(num_cells, one_loan, training.weight_cap * one_loan),
+        SumShape(num_parameters, privacy.clipping_bound, most_loans * privacy.clipping_bound),
+    )
 
 
 def shared_events(
