@@ -57,21 +57,26 @@ def prepare(folder: LenderFolder) -> PreparedLoans:
         train, holdout = _split(loans, config.holdout.fraction, salt)
     _refuse_one_outcome(train, "training", "data")
     _refuse_one_outcome(holdout, "held-out", "holdout")
-    return PreparedLoans(
-        schema=schema, train=train, holdout=holdout, snapshot=snapshot_of(train.frame, train.labels, salt)
+    snapshot = snapshot_of(
+        train.frame, train.labels, salt, loan_ids=train.loan_ids, id_name=config.data.loan_id or ""
     )
+    return PreparedLoans(schema=schema, train=train, holdout=holdout, snapshot=snapshot)
 
 
 def _split(loans: Loans, fraction: float, salt: bytes) -> tuple[Loans, Loans]:
-    """Split by a keyed hash of each row: the same loan is always on the same side, equal rows stay together."""
+    """Split by a keyed hash of each loan's number, or else of its row: a loan is always on the same side."""
     key = hashlib.sha256(b"fedfin holdout\n" + salt).hexdigest()[:16]
-    hashes = pd.util.hash_pandas_object(loans.frame.assign(_label=loans.labels), index=False, hash_key=key)
+    known_by = (
+        loans.frame.assign(_label=loans.labels) if loans.loan_ids is None else pd.Series(loans.loan_ids)
+    )
+    hashes = pd.util.hash_pandas_object(known_by, index=False, hash_key=key)
     held = (hashes.to_numpy() / np.float64(2**64)) < fraction
     return _take(loans, ~held), _take(loans, held)
 
 
 def _take(loans: Loans, rows: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Loans:
-    return Loans(loans.frame[rows].reset_index(drop=True), loans.labels[rows])
+    ids = None if loans.loan_ids is None else loans.loan_ids[rows]
+    return Loans(loans.frame[rows].reset_index(drop=True), loans.labels[rows], ids)
 
 
 def _refuse_one_outcome(loans: Loans, side: str, key: str) -> None:

@@ -27,7 +27,7 @@ def serve(config_path: Path, *, once: bool, stop: threading.Event, say: Callable
     with folder.lock():
         lender = Lender(folder, say)
         say(f"{folder.config.name}: {len(lender.loans.train)} loans train, {len(lender.loans.holdout)} judge")
-        folder.journal.write("client_started", snapshot=lender.loans.snapshot)
+        folder.journal.write("client_started", snapshot=lender.loans.snapshot.digest)
         failure: list[FedfinError] = []
 
         def judge() -> None:

@@ -18,6 +18,7 @@ from fedfin.credit.binning import histogram
 from fedfin.credit.cells import ParsedColumn, ParsedTable, Rule, parse_table
 from fedfin.credit.drift import MIN_REFERENCE, PSI_NOTE, PSI_WARNING, Reference, chance_psi, num_cells, psi
 from fedfin.credit.leakage import LEAK_AUC, MIN_CLASS_SIZE, single_column_auc
+from fedfin.credit.loan_ids import parse_loan_ids
 from fedfin.credit.schema import NumericColumn, Schema
 from fedfin.credit.source import load_table, refuse_unknown_names
 
@@ -36,6 +37,8 @@ QualityRule = (
         "no_bad_loans",
         "no_good_loans",
         "duplicate_rows",
+        "loan_id",
+        "no_loan_id",
         "constant_column",
         "suspect_leak",
         "leak_not_checked",
@@ -154,7 +157,7 @@ def check_source(
     """
     refuse_unknown_names(source, schema)
     table = load_table(source, base_dir)
-    return check_table(table, schema, reference=reference, acknowledged=acknowledged)
+    return check_table(table, schema, reference=reference, acknowledged=acknowledged, loan_id=source.loan_id)
 
 
 def check_table(
@@ -163,6 +166,7 @@ def check_table(
     *,
     reference: Reference | None = None,
     acknowledged: frozenset[str] = frozenset(),
+    loan_id: str | None = None,
 ) -> QualityReport:
     """Check a table against the schema, and against the federation where there is a reference.
 
@@ -171,6 +175,7 @@ def check_table(
         schema: The federation's schema.
         reference: Shares over all lenders, from `Reference.from_json`; None leaves drift out.
         acknowledged: Columns whose suspected leak the lender looked into and accepts: a warning then.
+        loan_id: The column that numbers the loans, or None.
     """
     parsed = parse_table(table, schema)
     aucs = _single_aucs(parsed, schema)
@@ -179,10 +184,11 @@ def check_table(
         *_faults(parsed, table),
         *_outcomes(parsed),
         *_duplicates(parsed, table),
+        *_loan_numbers(table, loan_id),
         *_constants(parsed),
         *_leaks(parsed, aucs, acknowledged),
         *_moved(drifts),
-        *_extras(table, schema),
+        *_extras(table, schema, loan_id),
     ]
     order: list[Severity] = ["error", "warning", "note"]
     return QualityReport(
@@ -256,6 +262,27 @@ def _duplicates(parsed: ParsedTable, table: pd.DataFrame) -> list[Finding]:
     message = "rows equal to an earlier one in every column, outcome included"
     mend = "remove them if a loan was exported twice: a loan that counts twice is protected half as well"
     return [_finding("warning", "duplicate_rows", message, mend, count=len(rows), rows=rows, table=table)]
+
+
+def _loan_numbers(table: pd.DataFrame, loan_id: str | None) -> list[Finding]:
+    if loan_id is None:
+        return []
+    if loan_id not in table.columns:
+        message, mend = "the table has no such column, which data.loan_id names", "correct data.loan_id"
+        return [_finding("error", "loan_id", message, mend, column=loan_id)]
+    numbers = parse_loan_ids(table[loan_id])
+    return [
+        _finding("error", "loan_id", message, mend, column=loan_id, count=len(rows), rows=rows, table=table)
+        for rows, message, mend in (
+            (numbers.missing, "loans without a number", "give every loan its own, or remove data.loan_id"),
+            (
+                numbers.repeated,
+                "numbers that an earlier row has",
+                "keep one row for each loan, or remove data.loan_id",
+            ),
+        )
+        if len(rows)
+    ]
 
 
 def _constants(parsed: ParsedTable) -> list[Finding]:
@@ -339,8 +366,8 @@ def _moved(drifts: dict[str, tuple[float, float]]) -> list[Finding]:
     ]
 
 
-def _extras(table: pd.DataFrame, schema: Schema) -> list[Finding]:
-    known = {schema.label.name, *(column.name for column in schema.columns)}
+def _extras(table: pd.DataFrame, schema: Schema, loan_id: str | None) -> list[Finding]:
+    known = {schema.label.name, loan_id, *(column.name for column in schema.columns)}
     extra = [str(name) for name in table.columns if name not in known]
     if not extra:
         return []

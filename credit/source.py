@@ -17,6 +17,7 @@ from fedfin.config import DataSource
 from fedfin.credit.cells import Fault, distinct_cells, parse_table, spelling
 from fedfin.credit.database import read_database
 from fedfin.credit.files import read_file
+from fedfin.credit.loan_ids import parse_loan_ids
 from fedfin.credit.schema import CategoricalColumn, Schema
 from fedfin.errors import ConfigError, DataError
 
@@ -31,10 +32,12 @@ class Loans:
         frame: n rows; all columns of the schema, protected ones too, in its order: float64 with NaN for
             missing, or object (str) with None for missing. The index is 0 to n - 1.
         labels: Shape (n,), int64: 1 bad, 0 good.
+        loan_ids: Shape (n,), a distinct text for each loan; None where the source names no column of them.
     """
 
     frame: pd.DataFrame
     labels: NDArray[np.int64]
+    loan_ids: NDArray[np.object_] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.frame) == len(self.labels)  # noqa: S101  (our own bug)
@@ -56,7 +59,8 @@ def read_loans(source: DataSource, schema: Schema, base_dir: Path) -> Loans:
 
     Raises:
         ConfigError: As `load_table`; or `source` translates a column that the schema does not have.
-        DataError: As `load_table`; or the table is empty, or a cell breaks a rule: names the first one's row,
+        DataError: As `load_table`; or the table is empty, or a loan's number is missing or not its own, or a cell
+            breaks a rule: names the first one's row,
             column, rule and mend, and how many more there are. Never the value, except the spelling of an
             unknown category or outcome (see `cells`).
     """
@@ -68,7 +72,7 @@ def read_loans(source: DataSource, schema: Schema, base_dir: Path) -> Loans:
     parsed = parse_table(table, schema)
     if parsed.faults:
         raise DataError(_first_fault(parsed.faults, table, _origin(source)))
-    return Loans(parsed.frame(), parsed.labels)
+    return Loans(parsed.frame(), parsed.labels, _loan_ids(table, source))
 
 
 def load_table(source: DataSource, base_dir: Path) -> pd.DataFrame:
@@ -118,6 +122,9 @@ def refuse_unknown_names(source: DataSource, schema: Schema) -> None:
             if name not in known:
                 msg = f"data.{key} names {name}, which the schema lacks; it has {', '.join(sorted(known))}"
                 raise ConfigError(msg)
+    if source.loan_id is not None and source.loan_id in {*known, *source.columns.values()}:
+        msg = f"data.loan_id is {source.loan_id}, which is a column of the schema; name one that only numbers the loans"
+        raise ConfigError(msg)
     local_names = list(source.columns.values())
     for name, local in source.columns.items():
         if local_names.count(local) > 1:
@@ -135,6 +142,26 @@ def refuse_unknown_names(source: DataSource, schema: Schema) -> None:
             if word not in allowed:
                 msg = f"data.values.{name}.{local} is {word}, no category of the schema; use one of {allowed}"
                 raise ConfigError(msg)
+
+
+def _loan_ids(table: pd.DataFrame, source: DataSource) -> NDArray[np.object_] | None:
+    if source.loan_id is None:
+        return None
+    if source.loan_id not in table.columns:
+        msg = f"{_origin(source)} has no column {source.loan_id}, which data.loan_id names; correct it"
+        raise DataError(msg)
+    numbers = parse_loan_ids(table[source.loan_id])
+    for rows, what, mend in (
+        (numbers.missing, "no loan number", "give every loan its own"),
+        (numbers.repeated, "the number of an earlier row", "keep one row for each loan"),
+    ):
+        if len(rows):
+            msg = (
+                f"{_origin(source)}: {place(table, int(rows[0]))} has {what} in {source.loan_id} ({len(rows)} such"
+                f" rows; `fedfin client check` lists more); {mend}, or take data.loan_id out of bank.yaml"
+            )
+            raise DataError(msg)
+    return numbers.texts
 
 
 def _first_fault(faults: tuple[Fault, ...], table: pd.DataFrame, origin: str) -> str:

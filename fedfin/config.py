@@ -89,6 +89,14 @@ class DataSource(Section):
             " before the decision on the loan."
         ),
     )
+    loan_id: str | None = Field(
+        default=None,
+        description=(
+            "This table's column with a number or name of its own for each loan, the same in every extract. It is"
+            " no feature and never leaves; the ledger keeps salted digests, so that a loan whose row was updated"
+            " (a balance, its outcome) is charged as the loan it was. Without it an edited row counts as a new loan."
+        ),
+    )
     missing: tuple[str, ...] = Field(
         default=("", "NA", "N/A", "NaN", "nan", "null", "NULL"),
         description="Texts that mean a missing value in this table.",
@@ -139,7 +147,9 @@ class LenderPolicy(Section):
         default=3.0,
         gt=0,
         le=1000,
-        description="Epsilon that all jobs together may spend on one data snapshot, held against the RDP figure.",
+        description=(
+            "Epsilon that all jobs together may spend on a loan, in whatever tables it was; held by a Renyi filter."
+        ),
     )
     max_delta: float = Field(
         default=1e-5,

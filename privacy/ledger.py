@@ -236,7 +236,8 @@ class Ledger:
         """Return what has left of a snapshot's loans, at `delta` in (0, 1); each figure of its worst loan.
 
         Args:
-            snapshot: A digest in this ledger, or a snapshot that may be new to it.
+            snapshot: A digest in this ledger, or a snapshot that may be new to it. A digest whose loans are not
+                recorded (version 1, or unknown) counts as holding every loan.
             delta: In (0, 1).
 
         Returns:
@@ -444,8 +445,8 @@ def _worst(spends: Iterable[tuple[Event, ...]], delta: float) -> Spent:
 def _refusal(job_id: str, snapshot: Snapshot, budget: Budget) -> str:
     others = f", with {len(budget.others)} other snapshots that hold the same loans" if budget.others else ""
     return (
-        f"job {job_id} asks {budget.share(budget.asked):.1%} of what policy.epsilon_limit {budget.epsilon_limit:g} admits"
-        f" for a loan of data snapshot {snapshot.digest[:12]}, and {budget.share(budget.spent + budget.reserved):.1%}"
+        f"job {job_id} asks {budget.share(budget.asked):.1%} of what policy.epsilon_limit {budget.epsilon_limit:g}"
+        f" admits for a loan of data snapshot {snapshot.digest[:12]}, and {budget.share(budget.spent + budget.reserved):.1%}"
         f" is spent or reserved{others}; the total ε={budget.epsilon:.4g} (RDP of order {budget.account.order:g}, δ="
         f"{budget.account.delta:g}, one loan added or removed) passes the limit; ask the data officer to raise"
         " policy.epsilon_limit in bank.yaml, or leave this job out"

@@ -8,7 +8,6 @@ table, so that one changed value is another snapshot. A loan's digest is of its 
 """
 
 import hashlib
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedfin.errors import DataError, PrivacyParameterError
 
-__all__ = ["ROW_BYTES", "Snapshot", "canonical_id", "snapshot_of"]
+__all__ = ["ROW_BYTES", "Snapshot", "snapshot_of"]
 
 ROW_BYTES = 16
 """Of a loan's digest: among a billion loans two are mistaken for one with a chance of 1e-21."""
 
 _MIN_SALT_BYTES = 16
-_WHOLE_NUMBER = re.compile(r"([+-]?)0*([0-9]+?)(?:\.0*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ def snapshot_of(
         frame: The lender's table, shape (n, p); columns by name. Numbers count as float64, all else as text.
         labels: Shape (n,).
         salt: The lender's own secret, at least 16 bytes; without it a guessed table could be checked.
-        loan_ids: A distinct text for each loan (`canonical_id`), shape (n,); None where the table has none.
+        loan_ids: A distinct text for each loan, shape (n,); None where the table has none.
         id_name: With `loan_ids`: the name of their column.
 
     Raises:
@@ -80,7 +78,7 @@ def snapshot_of(
         raise DataError(msg)
     columns = [frame.iloc[:, names.index(name)] for name in sorted(names)]
     cells = [_cells(column) for column in [*columns, pd.Series(np.asarray(labels))]]
-    header = hashlib.sha256(repr((len(salt), sorted(names))).encode() + salt)
+    header = repr((len(salt), sorted(names))).encode() + salt
     if loan_ids is None:
         # the columns and their kinds: a loan under another schema has another digest, and must not look new
         scheme = f"row {_short((sorted(names), [column.shape[1] for column in cells]))}"
@@ -91,29 +89,17 @@ def snapshot_of(
         assert len(ids) == len(frame)  # noqa: S101
         scheme = f"loan_id {_short(id_name)}"
         digests = _row_digests(header, [*cells, _cells(ids)])
-        of_loans = _row_digests(hashlib.sha256(b"fedfin loan\n" + salt), [_cells(ids)])
-    table = header.copy()
-    table.update(b"".join(sorted(digests)))
+        of_loans = _row_digests(b"fedfin loan\n" + salt, [_cells(ids)])
+    table = hashlib.sha256(header + b"".join(sorted(digests)))
     rows = b"".join(sorted({digest[:ROW_BYTES] for digest in of_loans}))
     return Snapshot(table.hexdigest(), scheme, rows)
 
 
-def canonical_id(cell: object) -> str:
-    """Return a loan's number as text, the same from a file and from a database; "" for a missing one.
-
-    A whole number has no leading zeros and no decimals: 7, "7", 7.0 and "007" are one loan.
-    """
-    if cell is None or cell != cell:  # noqa: PLR0124  (a missing number is not itself)
-        return ""
-    text = str(cell).strip()
-    whole = _WHOLE_NUMBER.fullmatch(text)
-    return text if whole is None else whole[1].replace("+", "") + whole[2]
-
-
-def _row_digests(header: "hashlib._Hash", cells: list[NDArray[np.uint8]]) -> list[bytes]:
+def _row_digests(header: bytes, cells: list[NDArray[np.uint8]]) -> list[bytes]:
     digests: list[bytes] = []
+    start = hashlib.sha256(header)
     for row in np.hstack(cells):
-        digest = header.copy()
+        digest = start.copy()
         digest.update(row.data)
         digests.append(digest.digest())
     return digests

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import stat
@@ -13,10 +14,14 @@ import textwrap
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedfin.errors import BudgetSpentError, DataError, LedgerError, PrivacyParameterError
 from fedfin.privacy.accounting import GaussianEvent, epsilon_pld, epsilon_rdp
+from fedfin.privacy.filter import Account
 from fedfin.privacy.ledger import Ledger, Spent
+from fedfin.privacy.overlap import memberships
 from fedfin.privacy.snapshot import Snapshot, snapshot_of
 
 DELTA = 1e-5
@@ -40,7 +45,7 @@ def ledger(path):
 
 def table(name=SNAPSHOT, loans=None, scheme="row"):
     """A snapshot of these loans (numbers); without any its one loan is in no other snapshot."""
-    numbers = loans if loans is not None else [hash(name)]
+    numbers = loans if loans is not None else [name]
     rows = sorted(hashlib.sha256(str(number).encode()).digest()[:16] for number in numbers)
     return Snapshot(name, scheme, b"".join(rows))
 
@@ -243,6 +248,187 @@ def test_no_events_is_not_a_job_or_a_stage(ledger):
 def test_a_name_that_is_not_short_and_printable_is_refused(ledger, name):
     with pytest.raises(PrivacyParameterError, match="job_id"):
         reserve(ledger, name)
+
+
+# Tables that share loans
+
+ONE_JOB = 1.0001 * JOB_COST  # a limit with room for one job
+TWO_JOBS = 1.01 * epsilon_rdp([*JOB, *JOB], DELTA)
+
+
+def fits(ledger, snapshot, limit=ONE_JOB, events=JOB):
+    return ledger.budget(snapshot, events, epsilon_limit=limit, max_delta=DELTA).fits
+
+
+@pytest.mark.parametrize(
+    ("later", "inherits"),
+    [
+        (range(2, 8), True),  # a subset
+        (range(20), True),  # a superset
+        (range(5, 15), True),  # the window moved on
+        ([9, 100, 101], True),  # one loan is in both
+        (range(10, 20), False),  # none is
+    ],
+    ids=["subset", "superset", "window", "one loan", "none"],
+)
+def test_a_table_with_a_loan_of_an_earlier_one_inherits_its_spend(ledger, later, inherits):
+    reserve(ledger, "job-1", table("first", range(10)), limit=ONE_JOB)
+    second = table("second", later)
+    assert fits(ledger, second) is not inherits
+    assert ledger.budget(second, epsilon_limit=ONE_JOB, max_delta=DELTA).others == ("first",) * inherits
+    for stage, events in (("bins", [BINS]), ("round 1", [ROUND]), ("round 2", [ROUND])):
+        ledger.commit("job-1", stage, events, "digest")
+    ledger.release("job-1")
+    assert fits(ledger, second) is not inherits
+    assert ledger.spent(second, DELTA) == (ledger.spent("first", DELTA) if inherits else Spent(0.0, 0.0, ()))
+    if inherits:
+        with pytest.raises(BudgetSpentError, match="with 1 other snapshots that hold the same loans"):
+            reserve(ledger, "job-2", second, limit=ONE_JOB)
+    else:
+        reserve(ledger, "job-2", second, limit=ONE_JOB)
+
+
+def test_jobs_on_tables_that_share_loans_count_for_each_other_both_ways(ledger):
+    first, second = table("first", range(10)), table("second", range(5, 15))
+    reserve(ledger, "job-1", first, limit=TWO_JOBS)
+    reserve(ledger, "job-2", second, limit=TWO_JOBS)
+    for snapshot in (first, second):
+        assert not fits(ledger, snapshot, limit=TWO_JOBS)
+        assert ledger.reserved(snapshot.digest, DELTA).epsilon_rdp == epsilon_rdp([*JOB, *JOB], DELTA)
+    ledger.commit("job-2", "bins", [BINS], "b0")
+    assert ledger.spent("first", DELTA).events == (BINS,)
+
+
+def test_in_a_chain_of_windows_only_loans_that_are_shared_count(ledger):
+    """C meets B, and B meets A, and no loan of C is in A: what A gave is not charged to C."""
+    a, b, c = table("a", range(10)), table("b", range(5, 15)), table("c", range(10, 20))
+    reserve(ledger, "job-a", a, limit=TWO_JOBS)
+    reserve(ledger, "job-b", b, limit=TWO_JOBS)
+    assert ledger.held("a", DELTA).epsilon_rdp == epsilon_rdp([*JOB, *JOB], DELTA)
+    assert ledger.held(c, DELTA).epsilon_rdp == JOB_COST
+    reserve(ledger, "job-c", c, limit=TWO_JOBS)
+    # b's worst loans are in two tables, never in three
+    assert ledger.held("b", DELTA).epsilon_rdp == epsilon_rdp([*JOB, *JOB], DELTA)
+    everything = table("everything", range(20))
+    assert ledger.held(everything, DELTA).epsilon_rdp == epsilon_rdp([*JOB, *JOB], DELTA)
+    reserve(ledger, "job-d", everything, limit=10.0)
+    assert ledger.held("c", DELTA).epsilon_rdp == epsilon_rdp([*JOB, *JOB, *JOB], DELTA)
+
+
+def test_the_history_is_of_the_loan_that_gave_most(ledger):
+    reserve(ledger, "job-1", table("first", range(10)))
+    ledger.commit("job-1", "bins", [BINS], "b0")
+    reserve(ledger, "job-2", table("second", range(5, 15)))
+    ledger.commit("job-2", "bins", [BINS], "b1")
+    ledger.commit("job-1", "round 1", [ROUND], "r1")
+    reserve(ledger, "job-3", table("third", range(10, 12)))
+    charges = ledger.history("second", DELTA)
+    assert [(charge.entry.job_id, charge.entry.stage) for charge in charges] == [
+        ("job-1", "bins"),
+        ("job-2", "bins"),
+        ("job-1", "round 1"),
+    ]
+    assert [charge.epsilon_rdp for charge in charges] == [
+        epsilon_rdp([BINS], DELTA),
+        epsilon_rdp([BINS, BINS], DELTA),
+        epsilon_rdp([BINS, BINS, ROUND], DELTA),
+    ]
+    spent = ledger.spent("second", DELTA)
+    assert (charges[-1].epsilon_pld, charges[-1].epsilon_rdp) == (spent.epsilon_pld, spent.epsilon_rdp)
+    assert ledger.history(table("new", range(100, 110)), DELTA) == ()
+
+
+def test_loans_whose_digests_cannot_be_compared_count_as_the_same(ledger):
+    """The numbers of loans were switched on or off, or the schema changed: nothing starts anew in silence."""
+    reserve(ledger, "job-1", table("first", range(10), scheme="row"), limit=TWO_JOBS)
+    numbered = table("second", range(50, 60), scheme="loan_id")
+    assert not fits(ledger, numbered)
+    reserve(ledger, "job-2", numbered, limit=TWO_JOBS)
+    # of two schemes, any loan of one may be any of the other's, whichever table is asked for
+    third = table("third", range(70, 80), scheme="row")
+    assert not fits(ledger, third)
+    assert fits(ledger, third, limit=TWO_JOBS)
+    assert ledger.held(third, DELTA).epsilon_rdp == JOB_COST
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.frozensets(st.integers(0, 5), min_size=1), min_size=1, max_size=5),
+    st.frozensets(st.integers(0, 5), min_size=1),
+)
+def test_a_tables_loans_are_in_these_sets_of_tables(tables, asked):
+    known = {f"t{number}": table(f"t{number}", loans) for number, loans in enumerate(tables)}
+    known["asked"] = table("asked", asked)
+    sets = {
+        frozenset(["asked", *(f"t{number}" for number, loans in enumerate(tables) if loan in loans)])
+        for loan in asked
+    }
+    largest = {one for one in sets if not any(one < other for other in sets)}
+    found = memberships("asked", known)
+    assert set(found) == largest
+    assert len(found) == len(largest)
+
+
+# The filter
+
+
+def test_an_account_fixes_its_order_and_delta_with_the_first_job(ledger):
+    assert ledger.account(SNAPSHOT) is None
+    reserve(ledger, "job-1", limit=ONE_JOB)
+    account = ledger.account(SNAPSHOT)
+    reserve(ledger, "job-2", events=[GaussianEvent(1.0)], limit=100.0, max_delta=1e-3)
+    assert ledger.account(SNAPSHOT) == account
+    assert account.delta == DELTA
+    budget = ledger.budget(SNAPSHOT, epsilon_limit=100.0, max_delta=1e-3)
+    assert budget.account == account
+
+
+def test_a_lowered_delta_binds_at_once(ledger):
+    reserve(ledger, "job-1", limit=ONE_JOB)
+    order = ledger.account(SNAPSHOT).order
+    budget = ledger.budget(SNAPSHOT, epsilon_limit=ONE_JOB, max_delta=1e-7)
+    assert budget.account == Account(order, 1e-7)
+    assert not budget.fits
+
+
+def test_a_table_that_meets_an_earlier_one_takes_over_its_account(ledger):
+    reserve(ledger, "job-1", table("first", range(10)), limit=ONE_JOB)
+    reserve(ledger, "job-2", table("second", range(5, 15)), events=[GaussianEvent(1.0)], limit=100.0)
+    assert ledger.account("second") == ledger.account("first")
+    reserve(ledger, "job-3", table("third", range(20, 30)), events=[GaussianEvent(1.0)], limit=100.0)
+    assert ledger.account("third").order < ledger.account("first").order
+
+
+def test_a_table_that_meets_two_accounts_is_held_to_both(ledger):
+    reserve(ledger, "job-1", table("fine", [1]), limit=1.0, events=[GaussianEvent(100.0)])
+    reserve(ledger, "job-2", table("coarse", [2]), limit=100.0, events=[GaussianEvent(1.0)])
+    both = table("both", [1, 2])
+    fine, coarse = ledger.account("fine").order, ledger.account("coarse").order
+    assert coarse < fine
+    budget = ledger.budget(both, epsilon_limit=100.0, max_delta=DELTA)
+    assert (budget.account.order, budget.spent) == (fine, 0.0)
+    # the loan in "coarse" gave more, and at the order of "fine" that weighs more still
+    assert budget.reserved == pytest.approx(fine / 2)
+
+
+def test_shares_of_the_limit_add_up_over_jobs(ledger):
+    for job in ("job-1", "job-2"):
+        reserve(ledger, job, limit=3.0)
+    ledger.commit("job-1", "bins", [BINS], "b0")
+    budget = ledger.budget(SNAPSHOT, JOB, epsilon_limit=3.0, max_delta=DELTA)
+    assert budget.spent + budget.reserved == pytest.approx(2 * budget.asked, rel=1e-12)
+    assert budget.left == pytest.approx(budget.capacity - 3 * budget.asked)
+    assert budget.share(budget.capacity) == 1.0
+
+
+def test_a_limit_that_holds_at_no_order_admits_nothing(ledger):
+    with pytest.raises(BudgetSpentError, match=r"leaves no room.*raise policy\.epsilon_limit"):
+        reserve(ledger, limit=1e-4)
+    reserve(ledger, "job-1", limit=3.0)
+    budget = ledger.budget(SNAPSHOT, epsilon_limit=1e-4, max_delta=DELTA)
+    assert budget.capacity < 0.0
+    assert budget.share(budget.spent) == math.inf
+    assert not budget.fits
 
 
 # The file
