@@ -2,53 +2,37 @@
 
 Five real credit tables, each in one house (the product's own `federate` with one lender): 80% of the loans train, 20%
 judge, drawn at random within each outcome. The bins come from a noisy histogram that is charged to the job like every
-step; without privacy (epsilon "none") the same plan runs without noise. Every row is one setting, every other number
-of the plan being that of `PLANS`; a cell is the mean AUROC over the split seeds, `num_seeds` of them for a small table
-(noise and split move with the seed, so that rows of one question are paired). Whoever compares two rows should know
-that a small table's mean moves by about .01 with the draw of the noise at epsilon 1, Taiwan's by about .001.
+step; without privacy (epsilon "none") the same plan runs without noise. Every row changes one setting of the plan's
+defaults or of the schema's grids; a cell is the mean AUROC over the split seeds 0, 1, ..., of which the large table
+has two. A seed has the same split and starts the same stream of noise in every row.
 
-The tables are read from FEDFIN_DATA_DIR (default ../shared/data) under the schemas of `benchmarks/tables/`; a table
-that is not there is left out. The first rows, `taiwan`, are the bars: seeds 0 to 2, with and without the protected
-attributes among the features.
+A table that is not in the data folder is left out. The first rows, `taiwan`, are the bars: seeds 0 to 2, without and
+with the protected attributes among the features.
 
-    OMP_NUM_THREADS=1 python benchmarks/encodings.py [--full] [--json]
+    OMP_NUM_THREADS=1 python benchmarks/private_encodings.py [--full] [--json]
 """
 
 import argparse
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from machine import document, print_document
-from sklearn.model_selection import train_test_split
+from real_tables import num_splits, read_tables, split_loans
 
-from fedfin.config import DataSource
 from fedfin.credit.metrics import auroc
 from fedfin.credit.schema import Column, NumericColumn, Schema
-from fedfin.credit.source import Loans, read_loans
-from fedfin.plan import JobPlan, ModelPlan, PrivacyPlan, TrainingPlan
-from fedfin.simulation.arms import federate, take_rows
+from fedfin.credit.source import Loans
+from fedfin.plan import JobPlan, ModelPlan, PrivacyPlan
+from fedfin.simulation.arms import federate
 
-ROOT = Path(__file__).resolve().parents[1]
-SCHEMA_PATHS = {
-    "taiwan_default": ROOT / "benchmarks/tables/taiwan_default.yaml",
-    "south_german_credit": ROOT / "benchmarks/tables/south_german_credit.yaml",
-    "sba_small_business_ca": ROOT / "benchmarks/tables/sba_small_business_ca.yaml",
-    "hmda_boston_denial": ROOT / "benchmarks/tables/hmda_boston_denial.yaml",
-    "credit_data_spain": ROOT / "simulation/credit_data.yaml",  # the package's own
-}
-HELD_OUT_SHARE = 0.2
-TAIWAN_SEEDS = range(3)
+BAR_SEEDS = range(3)
 DELTA = 1e-5
 MAX_BINS = (3, 4, 6, 8, 12, 16)
 GRID_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times every numeric column's grid_cells
 BINS_SHARES = (0.05, 0.1, 0.2, 0.35, 0.5)
 KINDS = ("logistic", "mlp")
-# the plan's defaults
-PLANS = {kind: TrainingPlan() for kind in KINDS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +54,6 @@ class Setting:
     bins_share: float = PrivacyPlan().bins_share
 
 
-def read_table(name: str) -> tuple[Loans, Schema] | None:
-    """Return a table's loans and schema, or None where the data folder lacks it."""
-    folder = Path(os.environ.get("FEDFIN_DATA_DIR", ROOT / "../shared/data"))
-    path = (ROOT / folder / f"{name}.csv.gz").resolve()
-    if not path.is_file():
-        return None
-    schema_path = SCHEMA_PATHS[name]
-    schema = Schema.from_yaml(schema_path.read_text("utf-8"), schema_path.name)
-    return read_loans(DataSource(path=str(path)), schema, ROOT), schema
-
-
-def split_loans(loans: Loans, seed: int) -> tuple[Loans, Loans]:
-    """Return 80% of the loans to train on and 20% to judge by, each outcome in its proportion."""
-    train, held_out = train_test_split(
-        np.arange(len(loans)), test_size=HELD_OUT_SHARE, random_state=seed, stratify=loans.labels
-    )
-    return take_rows(loans, np.sort(train)), take_rows(loans, np.sort(held_out))
-
-
 def plan_of(kind: str, epsilon: float | None, setting: Setting) -> JobPlan:
     """Return the job of one cell; epsilon None trains without privacy."""
     privacy = (
@@ -97,7 +62,7 @@ def plan_of(kind: str, epsilon: float | None, setting: Setting) -> JobPlan:
         else PrivacyPlan(epsilon=epsilon, delta=DELTA, bins_share=setting.bins_share)
     )
     model = ModelPlan.model_validate({"kind": kind, "max_bins": setting.max_bins})
-    return JobPlan(model=model, training=PLANS[kind], privacy=privacy)
+    return JobPlan(model=model, privacy=privacy)
 
 
 def with_grid(schema: Schema, factor: float) -> Schema:
@@ -134,7 +99,7 @@ def taiwan_rows(loans: Loans, schema: Schema) -> Iterator[dict[str, Any]]:
         for epsilon in (1.0, 4.0, None):
             aucs = {
                 used: [
-                    pooled_auroc(loans, columns, plan_of(kind, epsilon, plain), seed) for seed in TAIWAN_SEEDS
+                    pooled_auroc(loans, columns, plan_of(kind, epsilon, plain), seed) for seed in BAR_SEEDS
                 ]
                 for used, columns in (("without", schema), ("with", with_protected(schema)))
             }
@@ -150,7 +115,7 @@ def taiwan_rows(loans: Loans, schema: Schema) -> Iterator[dict[str, Any]]:
             }
 
 
-def settings_of(full: bool) -> Iterator[tuple[str, float | None, Setting]]:  # noqa: FBT001  (argparse's flag)
+def settings_of(*, full: bool) -> Iterator[tuple[str, float | None, Setting]]:
     """Yield kind, epsilon and setting of every row; the compact set has the ends and the middle of each range."""
     for kind in KINDS:
         for epsilon in (1.0, 4.0):
@@ -174,19 +139,21 @@ def main() -> None:
         "--full", action="store_true", help="every setting, ten seeds a table (about an hour)"
     )
     arguments = parser.parse_args()
-    num_seeds = 10 if arguments.full else 3
-    tables = {name: found for name in SCHEMA_PATHS if (found := read_table(name)) is not None}
+    num_seeds = 10 if arguments.full else 4
+    tables = read_tables()
     rows: list[dict[str, Any]] = []
     figures: dict[str, float] = {}
     if "taiwan_default" in tables:
         rows += taiwan_rows(*tables["taiwan_default"])
         for row in rows:
             if row["epsilon"] != "none":
-                figures[f"encodings.taiwan.{row['kind']}.eps{row['epsilon']:g}"] = row["taiwan_default"]
-                figures[f"encodings.taiwan.{row['kind']}.eps{row['epsilon']:g}_protected_adds"] = row[
+                figures[f"private_encodings.taiwan.{row['kind']}.eps{row['epsilon']:g}"] = row[
+                    "taiwan_default"
+                ]
+                figures[f"private_encodings.taiwan.{row['kind']}.eps{row['epsilon']:g}_protected_adds"] = row[
                     "difference"
                 ]
-    for kind, epsilon, setting in settings_of(arguments.full):
+    for kind, epsilon, setting in settings_of(full=arguments.full):
         plan = plan_of(kind, epsilon, setting)
         row = {
             "question": setting.question,
@@ -195,11 +162,12 @@ def main() -> None:
             "value": setting.value,
         }
         for name, (loans, schema) in tables.items():
-            seeds = range(2 if name == "taiwan_default" else num_seeds)
+            seeds = range(num_splits(name, num_seeds))
             grid = with_grid(schema, setting.grid_factor)
             row[name] = float(np.mean([pooled_auroc(loans, grid, plan, seed) for seed in seeds]))
         rows.append(row)
-    print_document(document("encodings", figures, rows), as_json=arguments.json)
+    rows.sort(key=lambda row: str(row["question"]))  # one table after the other
+    print_document(document("private_encodings", figures, rows), as_json=arguments.json)
 
 
 if __name__ == "__main__":
