@@ -83,8 +83,12 @@ class LenderFolder:
         """Open the lender's privacy ledger."""
         return Ledger(self.ledger_path)
 
-    def salt(self) -> bytes:
-        """Return the lender's secret salt (32 bytes), made at first use: it blinds digests of loans."""
+    def salt(self, *, make: bool = True) -> bytes:
+        """Return the lender's secret salt (32 bytes), made at first use: it blinds digests of loans.
+
+        Args:
+            make: False makes none: a lender without one gets zeros, for looks of which nothing is kept or sent.
+        """
         path = self.directory / "keys" / "salt.key"
         if not path.exists():
             if self.ledger_path.exists():
@@ -93,6 +97,8 @@ class LenderFolder:
                     " its backup. Nothing leaves without it"
                 )
                 raise LedgerError(msg)
+            if not make:
+                return bytes(_SALT_BYTES)
             path.parent.mkdir(mode=0o700, exist_ok=True)
             write_private(path, os.urandom(_SALT_BYTES))
         salt = path.read_bytes()

@@ -29,15 +29,19 @@ class PreparedLoans:
     snapshot: Snapshot
 
 
-def prepare(folder: LenderFolder) -> PreparedLoans:
+def prepare(folder: LenderFolder, *, looking: bool = False) -> PreparedLoans:
     """Read the lender's tables.
+
+    Args:
+        folder: The lender's.
+        looking: Make nothing, not even the salt; what comes back serves no job.
 
     Raises:
         ConfigError: The source cannot be opened.
         DataError: A cell breaks the schema, or one side of the split lacks good or bad loans.
     """
     schema = folder.schema()
-    salt = folder.salt()
+    salt = folder.salt(make=not looking)
     config = folder.config
     reports = [("", check(folder, schema))]
     if (held_out := check_held_out(folder, schema)) is not None:

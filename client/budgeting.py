@@ -1,0 +1,206 @@
+"""What a job would cost, before anything is spent: noise, epsilon, and whether this lender would accept it.
+
+Nothing here looks at a loan or changes a ledger. Every epsilon is for tables that differ by one loan added or
+removed, at the plan's delta, unless it says otherwise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedfin.client.policy import check_plan, check_size
+from fedfin.config import LenderPolicy
+from fedfin.errors import BudgetSpentError, PolicyRefusalError, PrivacyParameterError
+from fedfin.plan import JobPlan
+from fedfin.privacy.accounting import (
+    CalibratedNoise,
+    Event,
+    GaussianEvent,
+    borrower_epsilons,
+    calibrate,
+    epsilon_pld,
+    epsilon_rdp,
+    job_events,
+)
+from fedfin.privacy.filter import capacity, divergence, open_account
+from fedfin.privacy.ledger import Budget, Ledger
+from fedfin.privacy.snapshot import Snapshot
+
+__all__ = ["Epsilon", "JobCost", "Standing", "cost_of", "refusals", "standing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Epsilon:
+    """One cost in both figures."""
+
+    rdp: float  # the least over all Renyi orders: what plans are calibrated to
+    pld: float  # tighter, for people
+
+
+@dataclass(frozen=True, slots=True)
+class JobCost:
+    """What one lender's part in a whole job costs.
+
+    Attributes:
+        events: The histogram for the bins and all steps.
+        noise: Noise multipliers of both.
+        num_steps: Noisy steps in the whole job.
+        job: The whole job.
+        bins: The histogram, if nothing else left.
+        round_alone: One round, if nothing else left.
+        round_average: A round's mean share of the job: job less bins, over the rounds.
+        round_last: What the last round adds to all that came before.
+        borrower: PLD epsilon of a borrower known to 1, 2 and 3 lenders that all take part.
+    """
+
+    events: tuple[Event, ...]
+    noise: CalibratedNoise
+    num_steps: int
+    job: Epsilon
+    bins: Epsilon
+    round_alone: Epsilon
+    round_average: Epsilon
+    round_last: Epsilon
+    borrower: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A lender's budget for its present loans, as it is and as it would be after a job.
+
+    Attributes:
+        snapshot: Digest of the present training loans.
+        is_known: Whether a job was ever reserved on exactly these loans.
+        spent: What has left of these loans, of other snapshots that hold them too.
+        reserved: What open jobs still hold.
+        after: Spent, reserved and the planned job together.
+        budget: How the filter stands with the planned job; None where the limit holds at no order.
+    """
+
+    snapshot: str
+    is_known: bool
+    spent: Epsilon
+    reserved: Epsilon
+    after: Epsilon
+    budget: Budget | None
+
+
+def cost_of(plan: JobPlan) -> JobCost:
+    """Return what a job costs each lender; the same for all of them, whatever their number of loans.
+
+    Raises:
+        PrivacyParameterError: The plan's mode is not local, or no noise meets its epsilon.
+    """
+    if plan.privacy.mode != "local":
+        msg = (
+            f"privacy.mode is {plan.privacy.mode}; a lender can plan its own budget for mode local only: set"
+            " privacy.mode to local"
+        )
+        raise PrivacyParameterError(msg)
+    training, delta, rounds = plan.training, plan.privacy.delta, plan.training.rounds
+    noise = calibrate(plan.privacy, sample_rate=training.sample_rate, num_steps=plan.num_steps)
+    events = job_events(noise, training.sample_rate, plan.num_steps)
+    histogram = GaussianEvent(noise.bins_noise_multiplier)
+
+    def steps_of(num_rounds: int) -> list[Event]:
+        count = num_rounds * training.local_steps
+        return [GaussianEvent(noise.training_noise_multiplier, training.sample_rate, count)] if count else []
+
+    job, bins = _epsilon(events, delta), _epsilon([histogram], delta)
+    before_last = _epsilon([histogram, *steps_of(rounds - 1)], delta)
+    return JobCost(
+        events=events,
+        noise=noise,
+        num_steps=plan.num_steps,
+        job=job,
+        bins=bins,
+        round_alone=_epsilon(steps_of(1), delta),
+        round_average=Epsilon((job.rdp - bins.rdp) / rounds, (job.pld - bins.pld) / rounds),
+        round_last=Epsilon(job.rdp - before_last.rdp, job.pld - before_last.pld),
+        borrower=borrower_epsilons(events, delta),
+    )
+
+
+def standing(ledger: Ledger | None, snapshot: Snapshot, cost: JobCost, policy: LenderPolicy) -> Standing:
+    """Return the lender's budget now and after a job; at the lender's own delta, and nothing is recorded.
+
+    Args:
+        ledger: The lender's, or None where there is none yet.
+        snapshot: Its present training loans, which may be new to the ledger.
+        cost: The planned job.
+        policy: States limit and delta.
+    """
+    limit, delta = policy.epsilon_limit, policy.max_delta
+    if ledger is None:
+        nothing = Epsilon(0.0, 0.0)
+        after = _epsilon(cost.events, delta)
+        budget = _new_budget(cost, limit, delta)
+        return Standing(
+            snapshot.digest, is_known=False, spent=nothing, reserved=nothing, after=after, budget=budget
+        )
+    spent, reserved = ledger.spent(snapshot, delta), ledger.reserved(snapshot, delta)
+    held = ledger.held(snapshot, delta)
+    try:
+        budget = ledger.budget(snapshot, cost.events, epsilon_limit=limit, max_delta=delta)
+    except BudgetSpentError:
+        budget = None
+    return Standing(
+        snapshot=snapshot.digest,
+        is_known=snapshot.digest in ledger.snapshots(),
+        spent=Epsilon(spent.epsilon_rdp, spent.epsilon_pld),
+        reserved=Epsilon(reserved.epsilon_rdp, reserved.epsilon_pld),
+        after=_epsilon([*held.events, *cost.events], delta),
+        budget=budget,
+    )
+
+
+def refusals(
+    plan: JobPlan, policy: LenderPolicy, budget: Budget | None, num_parameters: int
+) -> tuple[str, ...]:
+    """Return why this lender would refuse the job, one sentence for each reason; none where it would accept.
+
+    Args:
+        plan: The job.
+        policy: The lender's.
+        budget: From `Standing`.
+        num_parameters: Of the plan's model over this lender's own bins.
+    """
+    found: list[str] = []
+    try:
+        check_plan(plan, policy)
+        check_size(num_parameters, policy)
+    except PolicyRefusalError as error:
+        found.append(str(error))
+    if budget is None:
+        found.append(
+            f"policy.epsilon_limit {policy.epsilon_limit:g} at policy.max_delta {policy.max_delta:g} leaves no room"
+            " for any release; ask the data officer to raise it"
+        )
+    elif not budget.fits:
+        before = budget.share(budget.spent + budget.reserved)
+        found.append(
+            f"the job asks {budget.share(budget.asked):.1%} of what policy.epsilon_limit {policy.epsilon_limit:g}"
+            f" admits, and {max(0.0, 1 - before):.1%} is left; lower --epsilon, or ask the data officer to raise the"
+            " limit"
+        )
+    return tuple(found)
+
+
+def _new_budget(cost: JobCost, epsilon_limit: float, delta: float) -> Budget | None:
+    """Return the budget of loans that gave nothing yet, as `Ledger.budget` does with an empty ledger."""
+    try:
+        account = open_account(cost.events, epsilon_limit, delta)
+    except BudgetSpentError:
+        return None
+    return Budget(
+        account=account,
+        epsilon_limit=epsilon_limit,
+        capacity=capacity(account, epsilon_limit),
+        spent=0.0,
+        reserved=0.0,
+        asked=divergence(cost.events, account.order),
+        others=(),
+    )
+
+
+def _epsilon(events: Sequence[Event], delta: float) -> Epsilon:
+    return Epsilon(epsilon_rdp(events, delta), epsilon_pld(events, delta))
