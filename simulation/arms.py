@@ -122,6 +122,10 @@ def federate(lenders: "list[Loans]", schema: "Schema", plan: JobPlan, seed: int)
         plan: The job.
         seed: Draws each lender's batches and noise; two lenders never share a stream.
     """
+    if plan.privacy.mode == "shared":
+        from fedfin.simulation.shared import federate_shared  # noqa: PLC0415  (it makes a FederatedModel)
+
+        return federate_shared(lenders, schema, plan, seed)
     # any 63 bits: streams of neighbouring seeds must not meet those of neighbouring lenders
     seeds = np.random.SeedSequence(seed).generate_state(len(lenders), np.uint64) >> np.uint64(1)
     noises = [SimulatedNoise(int(lender_seed)) for lender_seed in seeds]
