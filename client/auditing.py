@@ -16,12 +16,16 @@ The bounds are in `fedfin.privacy.lower_bounds` and use none of the accountant's
 """
 
 import math
+import secrets
+import tempfile
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import pandas as pd
 
 from fedfin.client.training import LocalPrivacy
 from fedfin.client.twin import CanaryJob, Twin
@@ -30,6 +34,8 @@ from fedfin.credit.models import Architecture, architecture_of, encoding_of
 from fedfin.errors import DataError, PrivacyParameterError
 from fedfin.privacy import accounting
 from fedfin.privacy.canaries import guess_extremes
+from fedfin.privacy.events import GaussianEvent
+from fedfin.privacy.ledger import Ledger, Spent
 from fedfin.privacy.lower_bounds import clopper_pearson, epsilon_at_least, mu_at_least, one_run_epsilon
 from fedfin.privacy.noise import NoiseSource, SecureNoise
 from fedfin.privacy.noise_checks import (
@@ -41,6 +47,7 @@ from fedfin.privacy.noise_checks import (
     shape_check,
     within_check,
 )
+from fedfin.privacy.snapshot import snapshot_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +74,8 @@ _CHECK_ERROR: Final = 5e-5  # each of ten at most
 
 _CLIPPING_ROUNDING: Final = 1e-4
 _GUESSED_SHARE: Final = 0.8  # of the canaries, in the one-run bound
+_NO_LIMIT: Final = 1e6  # of the twin's own ledger, whose figures are compared and not enforced
+_MOST_COMMITS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +244,7 @@ def audit_job(
     calibrated = accounting.calibrate(
         plan.privacy, sample_rate=training.sample_rate, num_steps=plan.num_steps
     )
-    claim_pld, claim_rdp = _claim(plan, calibrated)
+    claim = _claim(plan, calibrated)
     sigma = calibrated.training_noise_multiplier
     rows = rng.permutation(len(loans))[: size.num_loans]
     twin = Twin(
@@ -250,15 +259,15 @@ def audit_job(
 
     clipping = _clipping_check(twin)
     lenders = (make_noise(), make_noise())
-    noises = [twin.noise_of(noise, tick) for noise in lenders]
-    values = [noise.values for noise in noises]
+    seen = [twin.noise_of(noise, tick) for noise in lenders]
+    noises = [lender.noise for lender in seen]
     jobs = [
         twin.canary_job(
             lenders[job % 2], num_canaries=size.num_canaries, num_steps=steps_of_job, rng=rng, tick=tick
         )
         for job in range(num_jobs)
     ]
-    num_steps = plan.training.rounds * max(noise.steps_a_round for noise in noises)
+    num_steps = plan.training.rounds * max(lender.steps_a_round for lender in seen)
     num_correct, num_guesses = sum(job.num_correct for job in jobs), sum(job.num_guesses for job in jobs)
     mu = mu_at_least(num_correct, num_guesses, _STEP_ERROR) if num_guesses else 0.0
     one_run_guesses = int(_GUESSED_SHARE * size.num_canaries) // 2 * 2
@@ -267,8 +276,8 @@ def audit_job(
         model=architecture.kind,
         epsilon_plan=plan.privacy.epsilon,
         delta=plan.privacy.delta,
-        claim_pld=claim_pld,
-        claim_rdp=claim_rdp,
+        claim_pld=claim.epsilon_pld,
+        claim_rdp=claim.epsilon_rdp,
         noise_multiplier=sigma,
         sample_rate=training.sample_rate,
         num_steps=num_steps,
@@ -286,22 +295,37 @@ def audit_job(
             clipping,
             _shift_check(jobs, sigma),
             _sampling_check(jobs, training.sample_rate),
-            scale_check(np.concatenate(values), _CHECK_ERROR),
-            shape_check(np.concatenate(values), _CHECK_ERROR),
-            repeat_check(values),
-            within_check(values, _CHECK_ERROR),
-            between_check(values[0], values[1], _CHECK_ERROR),
-            lag_check(values, _CHECK_ERROR),
+            scale_check(np.concatenate(noises), _CHECK_ERROR),
+            shape_check(np.concatenate(noises), _CHECK_ERROR),
+            repeat_check(noises),
+            within_check(noises, _CHECK_ERROR),
+            between_check(noises[0], noises[1], _CHECK_ERROR),
+            lag_check(noises, _CHECK_ERROR),
         ),
         seconds=time.monotonic() - started,
     )
 
 
-def _claim(plan: "JobPlan", noise: accounting.CalibratedNoise) -> tuple[float, float]:
-    """Return what the ledger records for the whole job, by PLD and by RDP."""
-    delta = plan.privacy.delta
-    events = accounting.job_events(noise, plan.training.sample_rate, plan.num_steps)
-    return accounting.epsilon_pld(events, delta), accounting.epsilon_rdp(events, delta)
+def _claim(plan: "JobPlan", noise: accounting.CalibratedNoise) -> Spent:
+    """Return what a ledger says of the job: a new one, in which it is reserved and committed as a lender does."""
+    training, delta = plan.training, plan.privacy.delta
+    snapshot = snapshot_of(pd.DataFrame({"twin": [0.0]}), [0], secrets.token_bytes(32))
+    bins = GaussianEvent(noise.bins_noise_multiplier)
+    steps = GaussianEvent(noise.training_noise_multiplier, training.sample_rate, training.local_steps)
+    with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger.db") as ledger:
+        ledger.reserve(
+            "twin",
+            snapshot,
+            accounting.job_events(noise, training.sample_rate, plan.num_steps),
+            delta=delta,
+            epsilon_limit=_NO_LIMIT,
+            max_delta=delta,
+        )
+        ledger.commit("twin", "bins", (bins,), "bins")
+        # each commit reads the job's entries again: of very many rounds the later ones stay reserved
+        for number in range(1, min(training.rounds, _MOST_COMMITS) + 1):
+            ledger.commit("twin", f"round {number}", (steps,), f"round {number}")
+        return ledger.held(snapshot, delta)
 
 
 def _canary_jobs(size: AuditSize, sigma: float, sample_rate: float, num_steps: int) -> tuple[int, int]:

@@ -46,11 +46,11 @@ class JobNoise:
     """The noise of one lender's rounds.
 
     Attributes:
-        values: Over its planned standard deviation, shape (steps, values).
+        noise: Over its planned standard deviation, shape (steps, values).
         steps_a_round: Most steps that were seen in a round.
     """
 
-    values: "NDArray[np.float64]"
+    noise: "NDArray[np.float64]"
     steps_a_round: int
 
 

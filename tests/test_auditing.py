@@ -1,0 +1,251 @@
+"""The audit passes the code as it is, and fails each fault that is planted around the very same code.
+
+Twins are small here: a job of twenty steps at epsilon 8, so that a few hundred steps tell. The audit that the command
+runs, at epsilon 4 with its full size, is the slow test.
+"""
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import fedfin.client.twin
+import fedfin.privacy.ledger
+from fedfin.client.auditing import CONFIDENCE, AuditSize, audit_job, audit_loans
+from fedfin.client.training import LocalPrivacy, train_locally
+from fedfin.credit.models import Architecture
+from fedfin.errors import DataError, PrivacyParameterError
+from fedfin.plan import JobPlan, ModelPlan, PrivacyPlan, TrainingPlan
+from fedfin.privacy import accounting
+from fedfin.privacy.noise import SecureNoise, SimulatedNoise
+from fedfin.simulation.partition import demo_loans
+
+LOGISTIC, MLP = Architecture("logistic", 6), Architecture("mlp", 6, (4,))
+SMALL = AuditSize(num_canaries=200, num_loans=60, mu_precision=0.05, most_steps=400)
+
+
+def job(*, epsilon=8.0, **training):
+    return JobPlan(
+        training=TrainingPlan(**{"rounds": 4, "local_steps": 5, **training}),
+        privacy=PrivacyPlan(epsilon=epsilon, clipping_bound=1.5),
+    )
+
+
+def audit(plan=None, *, architecture=LOGISTIC, source=None, make_noise=None, **more):
+    """Audit a small twin; noise is seeded, so that what passes passes every time."""
+    seeds = itertools.count()
+    make_noise = make_noise or (lambda: (source or Around)(next(seeds)))
+    rng = np.random.default_rng(0)
+    loans = rng.random((80, 6)).astype(np.float32)
+    labels = (loans[:, 0] + 0.3 * rng.normal(size=80) > 0.5).astype(np.int64)
+    return audit_job(
+        loans, labels, architecture, plan or job(), make_noise=make_noise, size=SMALL, rng=rng, **more
+    )
+
+
+def failed(report):
+    return {check.name for check in report.checks if not check.holds}
+
+
+class Around:
+    """A noise source around a right one, of which a test breaks a part."""
+
+    def __init__(self, seed):
+        self.source = SimulatedNoise(seed)
+
+    def normal(self, size, stddev):
+        return self.source.normal(size, stddev)
+
+    def bernoulli(self, num, rate):
+        return self.source.bernoulli(num, rate)
+
+    def words(self, num):
+        return self.source.words(num)
+
+
+@pytest.mark.parametrize("architecture", [LOGISTIC, MLP], ids=["logistic", "mlp"])
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+def test_the_code_as_it_is_passes_and_the_bound_is_near_the_claim(architecture, sample_rate):
+    report = audit(job(sample_rate=sample_rate), architecture=architecture)
+    assert report.failures == ()
+    assert 0.6 * report.claim_rdp < report.epsilon_measured <= report.claim_pld <= report.claim_rdp <= 8.0
+
+
+def test_half_the_noise_fails():
+    class HalfNoise(Around):
+        def normal(self, size, stddev):
+            return super().normal(size, stddev / 2)
+
+    report = audit(source=HalfNoise)
+    assert report.epsilon_by_steps > report.claim_pld
+    assert failed(report) >= {"noise scale", "noise shape"}
+
+
+def with_bound(factor):
+    """The very training code with another clipping bound and the noise of the planned one."""
+
+    def train(*arguments, privacy, **more):
+        other = LocalPrivacy(privacy.noise_multiplier / factor, privacy.clipping_bound * factor)
+        return train_locally(*arguments, privacy=other, **more)
+
+    return train
+
+
+def test_no_clipping_fails(monkeypatch):
+    monkeypatch.setattr(fedfin.client.twin, "train_locally", with_bound(1e9))
+    report = audit()
+    assert report.epsilon_by_steps > report.claim_pld
+    assert failed(report) == {"clipping, exact", "clipping, with noise"}
+
+
+def test_clipping_at_slightly_more_than_the_bound_fails(monkeypatch):
+    monkeypatch.setattr(fedfin.client.twin, "train_locally", with_bound(1.01))
+    assert failed(audit()) == {"clipping, exact"}
+
+
+def test_the_same_noise_in_each_step_fails():
+    class Repeated(Around):
+        kept = None
+
+        def normal(self, size, stddev):
+            if self.kept is None or self.kept.shape != np.zeros(size).shape:
+                self.kept = super().normal(size, stddev)
+            return self.kept
+
+    report = audit(source=Repeated)
+    assert failed(report) >= {"noise repeated", "noise across steps and rounds", "noise at any distance"}
+    assert "noise across lenders" not in failed(report)
+
+
+def test_the_same_noise_in_each_round_fails(monkeypatch):
+    """As if every round seeded its noise anew."""
+
+    def train(*arguments, noise, **more):
+        return train_locally(*arguments, noise=SimulatedNoise(3 + id(noise) % 1000), **more)
+
+    monkeypatch.setattr(fedfin.client.twin, "train_locally", train)
+    report = audit()
+    assert failed(report) >= {"noise repeated", "noise across steps and rounds"}
+
+
+def test_the_same_noise_on_two_lenders_fails():
+    report = audit(make_noise=lambda: SimulatedNoise(7))
+    assert failed(report) == {"noise repeated", "noise across lenders", "noise at any distance"}
+
+
+def test_the_noise_of_production_passes():
+    assert audit(make_noise=SecureNoise).failures == ()
+
+
+def test_an_accountant_that_forgets_rounds_fails(monkeypatch):
+    """Every round accounted afresh: the ledger shows the epsilon of one."""
+
+    def one_round(figure):
+        return lambda events, delta: figure(
+            [replace(event, count=min(event.count, 5)) for event in events], delta
+        )
+
+    for name in ("epsilon_pld", "epsilon_rdp"):
+        figure = one_round(getattr(accounting, name))
+        monkeypatch.setattr(fedfin.privacy.ledger, name, figure)
+    report = audit()
+    assert report.claim_rdp < 8.0
+    assert report.epsilon_by_steps > report.claim_pld
+    assert failed(report) == set()
+
+
+def test_noise_calibrated_for_one_round_fails(monkeypatch):
+    """The other side of the same fault: the noise is too little for what is claimed, and everything else agrees."""
+    calibrate = accounting.calibrate
+
+    def for_one_round(privacy, *, sample_rate, num_steps):
+        return calibrate(privacy, sample_rate=sample_rate, num_steps=5)
+
+    def claimed(events, delta):
+        return 8.0 if events else 0.0
+
+    monkeypatch.setattr(accounting, "calibrate", for_one_round)
+    monkeypatch.setattr(fedfin.privacy.ledger, "epsilon_pld", claimed)
+    report = audit()
+    assert report.epsilon_by_steps > 8.0
+    assert failed(report) == set()
+
+
+def test_more_steps_than_the_plan_says_fail(monkeypatch):
+    """The bound is composed over the steps that were seen in whole rounds."""
+
+    def train(*arguments, training, **more):
+        longer = training.model_copy(update={"local_steps": {5: 20, 1: 1}[training.local_steps]})
+        return train_locally(*arguments, training=longer, **more)
+
+    monkeypatch.setattr(fedfin.client.twin, "train_locally", train)
+    report = audit()
+    assert report.num_steps == 80
+    assert report.epsilon_by_steps > report.claim_pld
+
+
+def test_batches_drawn_more_often_than_the_plan_says_fail():
+    class Greedy(Around):
+        def bernoulli(self, num, rate):
+            return super().bernoulli(num, min(1.0, 1.5 * rate))
+
+    assert "sample rate" in failed(audit(job(sample_rate=0.3), source=Greedy))
+
+
+def test_batches_that_the_source_did_not_draw_fail(monkeypatch):
+    def train(*arguments, noise, **more):
+        return train_locally(*arguments, noise=SecureNoise(), **more)
+
+    monkeypatch.setattr(fedfin.client.twin, "train_locally", train)
+    assert "sample rate" in failed(audit(job(sample_rate=0.3)))
+
+
+def test_the_report_says_what_was_claimed_measured_and_assumed():
+    report = audit()
+    document = json.loads(json.dumps(report.to_json()))
+    assert document["passed"] is True
+    assert document["confidence"] == CONFIDENCE == 0.999
+    assert document["measured_over_claim"] == report.epsilon_measured / report.claim_rdp
+    assert "sees the noisy sum of every step" in document["threat_model"]
+    assert (document["one_run_canaries"], document["one_run_guesses"]) == (200, 160)
+    assert {check["name"] for check in document["checks"]} == {
+        "clipping, exact",
+        "clipping, with noise",
+        "sample rate",
+        "noise scale",
+        "noise shape",
+        "noise repeated",
+        "noise across steps and rounds",
+        "noise across lenders",
+        "noise at any distance",
+    }
+
+
+def test_progress_is_told_step_by_step_to_its_end():
+    seen = []
+    audit(progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert {total for _, total in seen} == {len(seen)}
+
+
+def test_a_plan_without_own_noise_is_refused():
+    with pytest.raises(PrivacyParameterError, match=r"privacy\.mode is none"):
+        audit(JobPlan(privacy=PrivacyPlan(mode="none")))
+
+
+def test_too_few_loans_are_refused():
+    with pytest.raises(DataError, match="needs 20"):
+        audit_job(np.zeros((19, 6), np.float32), np.zeros(19, np.int64), LOGISTIC, job())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["logistic", "mlp"])
+@pytest.mark.timeout(900)
+def test_at_epsilon_4_the_bound_reaches_three_quarters_of_the_claim(kind):
+    loans, schema = demo_loans()
+    report = audit_loans(loans, schema, JobPlan(model=ModelPlan(kind=kind), privacy=PrivacyPlan(epsilon=4.0)))
+    assert report.failures == ()
+    assert report.epsilon_measured >= 0.75 * report.claim_rdp
+    assert report.seconds < 600
