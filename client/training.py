@@ -5,6 +5,7 @@ Regularization", ICLR 2019) on Poisson-sampled batches and returns the change of
 starts afresh in every round, so a lender keeps nothing between rounds. In a private job every step's gradient is
 one of `fedfin.privacy.gradients.PrivateEngine`; what AdamW then does with it is post-processing. Where noise
 dominates, AdamW's division by the root mean square takes the place of tuning the learning rate to the noise.
+The proximal term is FedProx's (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, eq. 2).
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def train_locally(
         loans: The lender's encoded loans, shape (n, p), n >= 1.
         labels: 1 = bad, shape (n,).
         architecture: The model's shape.
-        training: Local steps, sample rate, learning rate and weight decay.
+        training: Local steps, sample rate, learning rate, weight decay and the proximal term: the gradient of
+            proximal / 2 * |weights - round's weights|^2 is added to every step's, after the noise.
         privacy: The step's noise; None trains without privacy, on the same kind of batches.
         noise: Draws the batches and, in a private job, the noise. In production its stream is secret: who
             knows the draw loses the amplification by sampling.
@@ -79,18 +81,21 @@ def train_locally(
         raise TrainingError(msg)
     module = build(architecture)
     load_weights(module, weights)
+    flat = _as_one_vector(module)
+    start = flat.detach().clone()
     # The accounting does not cover the number of loans: the private sum is divided by its bucket.
     size = len(loans) if privacy is None else public_size(min(len(loans), training.weight_cap), training)
     gradient = _gradient_of(module, training.sample_rate * size, privacy, noise)
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
-    )
+    optimizer = torch.optim.AdamW([flat], lr=training.learning_rate, weight_decay=training.weight_decay)
     for _ in range(training.local_steps):
         batch = noise.bernoulli(len(loans), training.sample_rate)
-        step_gradient = gradient(loans[batch], labels[batch])
+        step_gradient = gradient(*_take(loans, labels, batch))
         if watch is not None:
             watch(step_gradient)
-        _set_gradient(module, step_gradient)
+        flat.grad = torch.from_numpy(step_gradient.astype(np.float32))
+        if training.proximal > 0:
+            # after the noise: it knows nothing of the loans, and in the loss it would be clipped with them or lost
+            flat.grad.add_(flat.detach() - start, alpha=training.proximal)
         optimizer.step()
     # differences in float64: both terms are float32, so the only rounding is the last
     update = (flatten(module).astype(np.float64) - weights).astype(np.float32)
@@ -166,10 +171,22 @@ def _plain_sum(
     return torch.cat([gradient.reshape(-1) for gradient in gradients]).double().numpy()
 
 
-def _set_gradient(module: nn.Module, gradient: "NDArray[np.float64]") -> None:
-    """Put a flat gradient where torch's optimizer looks for it."""
+def _take(
+    loans: "NDArray[np.float32]", labels: "NDArray[np.int64]", batch: "NDArray[np.bool_]"
+) -> "tuple[NDArray[np.float32], NDArray[np.int64]]":
+    """Return the batch's loans and labels; the lender's own arrays, not copies, where it takes them all."""
+    if batch.all():
+        return loans, labels
+    rows = np.flatnonzero(batch)
+    return loans[rows], labels[rows]
+
+
+def _as_one_vector(module: nn.Module) -> nn.Parameter:
+    """Make the module's parameters views of one vector, which an optimizer can move in one go, and return that."""
+    parameters = list(module.parameters())
+    flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
     start = 0
-    for parameter in module.parameters():
-        part = torch.from_numpy(gradient[start : start + parameter.numel()])
-        parameter.grad = part.to(torch.float32).view_as(parameter)
+    for parameter in parameters:
+        parameter.data = flat[start : start + parameter.numel()].view_as(parameter)
         start += parameter.numel()
+    return nn.Parameter(flat)

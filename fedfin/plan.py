@@ -62,6 +62,7 @@ class TrainingPlan(Section):
         default=0.03, gt=0, le=10, description="AdamW's learning rate at the lender."
     )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    proximal: float = Field(default=0.0, ge=0, le=100, description="FedProx's pull back to the round's weights.")
     weighting: Literal["size", "sqrt", "equal"] = Field(
         default="size",
         description="A lender's weight in the average: its number of loans, the square root of it, or one for all.",

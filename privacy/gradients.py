@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fedfin.errors import PrivacyParameterError, TrainingError
-from fedfin.privacy.bookkeeping import Blocks, Book, Recorder, spans_of, unrecorded_layers
+from fedfin.privacy.bookkeeping import Blocks, Book
+from fedfin.privacy.recording import Recorder, spans_of, unrecorded_layers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +45,7 @@ loan has several logits), float64, to one loss for each loan: shape (n,) or (n, 
 ROUNDING: Final = 1e-5
 """Share by which the noise is larger than its multiplier asks, so that float32 rounding cannot break the bound."""
 
-_MIXING = (nn.modules.batchnorm._BatchNorm, nn.LazyBatchNorm1d)  # noqa: SLF001  # torch's own base of all its kinds
+_MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _SMALLEST_BOUND = 1e-8  # squares of float32 values are exact enough beside the square of this, and not below
 _LARGEST_SQUARE = 1e30
@@ -56,9 +57,7 @@ class SlowGradientWarning(UserWarning):
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return each loan's negative log-likelihood of its label; logits and labels have shape (n,) or (n, 1)."""
-    if logits.shape != labels.shape:
-        msg = f"the model gave logits of shape {tuple(logits.shape)} for {len(labels)} loans; one each is needed"
-        raise TrainingError(msg)
+    _require_one_logit_each(logits, labels)
     return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
 
 
@@ -83,9 +82,9 @@ class PerLoanGradients:
         self._loss = loss
         self._spans = spans_of(module)
         self._size = sum(parameter.numel() for parameter in self._spans)
-        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         others = unrecorded_layers(module)
-        self._backend: _Recorded | _Hooked = _Hooked(module, others) if others else _Recorded(module)
+        self._backend: Recorder | _Hooked = _Hooked(module, others) if others else Recorder(module)
 
     @property
     def size(self) -> int:
@@ -114,10 +113,10 @@ class PerLoanGradients:
         _require_finite(loans, labels)
         if len(loans) == 0:
             return np.zeros(self._size)
+        targets = torch.from_numpy(np.asarray(labels, dtype=np.float64))
         books = self._backend.books(
             torch.from_numpy(np.ascontiguousarray(loans, dtype=np.float32)),
-            torch.from_numpy(np.asarray(labels, dtype=np.float64)),
-            self._output_gradients,
+            lambda logits: self._output_gradients(logits, targets),
             self._require_unused,
         )
         with torch.no_grad():
@@ -125,8 +124,11 @@ class PerLoanGradients:
 
     def _output_gradients(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the gradient of each loan's loss by its logits, in float64 until the last: sigmoids saturate."""
+        if self._loss is binary_cross_entropy:
+            _require_one_logit_each(logits, labels)
+            return (logits.detach().double().sigmoid_() - labels.view(logits.shape)).to(logits.dtype)
         leaf = logits.detach().double().requires_grad_()
-        losses = self._loss(leaf, labels.view_as(leaf) if leaf.numel() == len(labels) else labels)
+        losses = self._loss(leaf, labels.view(leaf.shape) if leaf.numel() == len(labels) else labels)
         if losses.shape not in ((len(labels),), (len(labels), 1)):
             # a loss of (n, 1) against labels of (n,) is (n, n): every loan's gradient would hold the others'
             msg = (
@@ -134,11 +136,11 @@ class PerLoanGradients:
                 " shape (n,) or (n, 1)"
             )
             raise TrainingError(msg)
-        found = torch.autograd.grad(losses.sum(), [leaf, *self._spans], allow_unused=True)
-        self._require_unused(found[1:])
-        if found[0] is None:
+        if not losses.requires_grad:
             msg = "the loss does not depend on the logits; give one that does"
             raise TrainingError(msg)
+        found = torch.autograd.grad(losses.sum(), [leaf, *self._spans], allow_unused=True)
+        self._require_unused(found[1:])
         return found[0].to(logits.dtype)
 
     def _require_unused(self, gradients: "tuple[Tensor | None, ...]") -> None:
@@ -146,9 +148,9 @@ class PerLoanGradients:
         for parameter, gradient in zip(self._spans, gradients, strict=True):
             if gradient is not None:
                 msg = (
-                    f"parameter {self._names[parameter]} acts outside of its layer, where a loan's share of its gradient"
-                    " cannot be clipped; call the layer itself, and put a proximal term into training.proximal,"
-                    " which applies it after the noise"
+                    f"parameter {self._names[parameter]} acts outside of its layer, where a loan's share of its"
+                    " gradient cannot be clipped; call the layer itself, and put a proximal term into"
+                    " training.proximal, which applies it after the noise"
                 )
                 raise TrainingError(msg)
 
@@ -227,30 +229,6 @@ class PrivateEngine:
         return noisy
 
 
-OutputGradients: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-RequireUnused: TypeAlias = "Callable[[tuple[Tensor | None, ...]], None]"
-
-
-class _Recorded:
-    """Books in closed form."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._recorder = Recorder(module)
-        self._parameters = list(spans_of(module))
-
-    def books(
-        self, loans: Tensor, labels: Tensor, output_gradients: OutputGradients, require_unused: RequireUnused
-    ) -> list[Book]:
-        with self._recorder.recording(len(loans)) as books, torch.enable_grad():
-            logits = self._module(loans)
-            gradients = output_gradients(logits, labels)
-            require_unused(
-                torch.autograd.grad(logits, self._parameters, grad_outputs=gradients, allow_unused=True)
-            )
-            return list(books.values())
-
-
 class _Hooked:
     """Books from Opacus' hooks: every per-loan gradient is made and kept until the sum is known."""
 
@@ -277,7 +255,10 @@ class _Hooked:
         )
 
     def books(
-        self, loans: Tensor, labels: Tensor, output_gradients: OutputGradients, require_unused: RequireUnused
+        self,
+        loans: Tensor,
+        output_gradients: Callable[[Tensor], Tensor],
+        require_unused: Callable[[tuple[Tensor | None, ...]], None],  # noqa: ARG002  (see _probe)
     ) -> list[Book]:
         kept = [(parameter, parameter.grad) for parameter in self._spans]
         for parameter in self._spans:
@@ -286,7 +267,7 @@ class _Hooked:
             # torch remarks that the inputs need no gradient; only the parameters' gradients are wanted
             warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
             logits = self._hooked(loans)
-            logits.backward(output_gradients(logits, labels))
+            logits.backward(output_gradients(logits))
         blocks = [
             (span, parameter.grad_sample.reshape(len(loans), -1))  # type: ignore[attr-defined]  # set by Opacus' hooks
             for parameter, span in self._spans.items()
@@ -300,41 +281,39 @@ class _Hooked:
 
 def _clip_and_sum(books: list[Book], num_loans: int, bound: float, size: int) -> "NDArray[np.float64]":
     """Return the sum of the gradients in the books, each scaled to the bound at most, shape (d,)."""
-    if not books:
-        return np.zeros(size)
-    squared = books[0].squared_norms()
-    for book in books[1:]:
-        squared = squared + book.squared_norms()
+    total = np.zeros(size)
+    squared = np.add.reduce([book.squared_norms() for book in books]) if books else np.zeros(num_loans)
     # float32 squares neither overflow nor vanish here; the few other loans are done again in float64
-    exact = (
-        squared < _LARGEST_SQUARE if bound >= _SMALLEST_BOUND else torch.zeros(num_loans, dtype=torch.bool)
-    )
-    total = torch.zeros(size)
-    rest = torch.zeros(size, dtype=torch.float64)
-    if not bool(exact.all()):
-        _add_in_float64([book.take(~exact) for book in books], bound, rest)
-        books = [book.without(~exact) for book in books]
-        squared = torch.where(exact, squared, 0.0)
-    factors = _factors(squared.double(), bound).float()
-    for book in books:
-        book.add_to(total, factors)
-    rest += total
-    return rest.numpy()
+    exact = (squared < _LARGEST_SQUARE) & (bound >= _SMALLEST_BOUND)
+    if not exact.all():
+        others = torch.from_numpy(~exact)
+        _add_in_float64([book.take(others) for book in books], bound, total)
+        books = [book.without(others) for book in books]
+        squared[~exact] = 0.0
+    _add(books, torch.from_numpy(_factors(squared, bound).astype(np.float32)), total)
+    return total
 
 
-def _add_in_float64(books: list[Book], bound: float, total: Tensor) -> None:
-    squared = torch.stack([book.squared_norms() for book in books]).sum(0)
-    broken = ~torch.isfinite(squared)
+def _add_in_float64(books: list[Book], bound: float, total: "NDArray[np.float64]") -> None:
+    squared = np.add.reduce([book.squared_norms() for book in books])
     # Never an error: whether there was one would tell, without noise, that a certain loan is in the table (crafted
     # weights make chosen loans overflow). Such a loan contributes nothing.
-    factors = _factors(torch.where(broken, 0.0, squared), bound)
+    broken = ~np.isfinite(squared)
+    squared[broken] = 0.0
+    books = [book.without(torch.from_numpy(broken)) for book in books]
+    _add(books, torch.from_numpy(_factors(squared, bound)), total)
+
+
+def _add(books: list[Book], factors: Tensor, total: "NDArray[np.float64]") -> None:
     for book in books:
-        book.without(broken).add_to(total, factors)
+        for span, part in book.sums(factors):
+            total[span] += part.numpy().reshape(-1)
 
 
-def _factors(squared: Tensor, bound: float) -> Tensor:
-    """Return min(1, bound / norm) for each loan, from squared norms in float64."""
-    return (bound / squared.sqrt().clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
+def _factors(squared: "NDArray[np.float64]", bound: float) -> "NDArray[np.float64]":
+    """Return min(1, bound / norm) for each loan."""
+    norms = np.sqrt(squared)
+    return bound / np.maximum(norms, bound)
 
 
 def _require_separable(module: nn.Module) -> None:
@@ -357,6 +336,12 @@ def _require_separable(module: nn.Module) -> None:
             if owners.setdefault(parameter, own) != own:
                 msg = f"parameter {own} is also {owners[parameter]}; tied layers are not supported, use one layer twice"
                 raise TrainingError(msg)
+
+
+def _require_one_logit_each(logits: Tensor, labels: Tensor) -> None:
+    if logits.shape not in ((len(labels),), (len(labels), 1)):
+        msg = f"the model gave logits of shape {tuple(logits.shape)} for {len(labels)} loans; one each is needed"
+        raise TrainingError(msg)
 
 
 def _require_positive(name: str, value: float) -> None:

@@ -108,29 +108,40 @@ class SecureNoise:
         _check_rate(rate)
         if rate == 1.0:
             return np.ones(num, dtype=np.bool_)
-        words = self._words(num)
+        words = self._words(num, np.empty(8 * num + _TAIL, dtype=np.uint8))
         words >>= np.uint64(11)
         return words < rate * 2.0**53
+
+    def words(self, num: int) -> NDArray[np.uint64]:
+        """Return uniform 64-bit integers from the keystream, shape (num,).
+
+        Raises:
+            PrivacyParameterError: `num` is negative.
+        """
+        _checked_size(num)
+        return self._words(num, np.empty(8 * num + _TAIL, dtype=np.uint8))
 
     def _fill_with_sums(self, noise: NDArray[np.float64]) -> None:
         """Write sums of four unit Gaussians, of variance 4, into `noise`, whose length is even."""
         size = min(_PAIRS, len(noise) // 2)
-        uniforms, scratch = np.empty(_WORDS * size), np.empty(_NUM_SUMMANDS * size)
+        # once for all blocks: fresh memory for each would cost as much as the arithmetic
+        stream = np.empty(8 * _WORDS * size + _TAIL, dtype=np.uint8)
+        scratch = np.empty(_NUM_SUMMANDS * size)
         for start in range(0, len(noise), 2 * _PAIRS):
             block = noise[start : start + 2 * _PAIRS]
             pairs = len(block) // 2
             num = _NUM_SUMMANDS * pairs
-            words = self._words(_WORDS * pairs)
+            words = self._words(2 * num, stream)
             words >>= np.uint64(11)
-            uniforms[: 2 * num] = words
-            radii, tangents, squares = uniforms[:num], uniforms[num : 2 * num], scratch[:num]
-            radii += 1.0  # a uniform in (0, 1], for its logarithm
-            radii *= 2.0**-53
+            uniforms = words.view(np.float64)
+            np.multiply(words, 2.0**-53, out=uniforms)  # in place: both are 64 bits wide
+            radii, tangents, squares = uniforms[:num], uniforms[num:], scratch[:num]
+            np.subtract(1.0, radii, out=radii)  # exact, and in (0, 1], for the logarithm
             np.log(radii, out=radii)
             radii *= -2.0
             np.sqrt(radii, out=radii)
             # cosine and sine by the half-angle's tangent: numpy vectorises tan and not cos, five times faster
-            tangents *= math.pi * 2.0**-53
+            tangents *= math.pi
             np.tan(tangents, out=tangents)
             np.multiply(tangents, tangents, out=squares)
             squares += 1.0
@@ -144,12 +155,11 @@ class SecureNoise:
             np.add.reduce(tangents.reshape(_NUM_SUMMANDS, pairs), axis=0, out=block[pairs:])
             block[pairs:] *= 2.0
 
-    def _words(self, num: int) -> NDArray[np.uint64]:
-        """Return uniform 64-bit words, shape (num,), the caller's own."""
+    def _words(self, num: int, stream: NDArray[np.uint8]) -> NDArray[np.uint64]:
+        """Return uniform 64-bit words, shape (num,), written into `stream`, which has `_TAIL` bytes more."""
         if os.getpid() != self._pid:
             self._rekey()
-        stream = np.empty(8 * num + _TAIL, dtype=np.uint8)
-        zeros, room = memoryview(_ZEROS), memoryview(stream)
+        zeros, room = memoryview(_ZEROS), stream.data
         for start in range(0, 8 * num, len(_ZEROS)):
             self._keystream.update_into(zeros[: 8 * num - start], room[start:])
         return stream[: 8 * num].view(np.uint64)
