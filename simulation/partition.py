@@ -1,4 +1,4 @@
-"""The demo's loans and how they are split over eight lenders of different kinds.
+"""The demo's loans and how they are split over eight lenders of different kinds; any table over unequal lenders.
 
 Real lenders differ in whom they serve, not in how people default: the split skews the applicants (covariate
 skew) and leaves the outcomes alone. The rule looks at features only, never at a loan's outcome.
@@ -16,12 +16,12 @@ from fedfin.credit.source import Loans, read_loans
 from fedfin.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = ["RULE", "DemoSplit", "LenderRows", "demo_loans", "split_demo"]
+__all__ = ["RULE", "DemoSplit", "LenderRows", "demo_loans", "split_demo", "split_unequal"]
 
 RULE = """\
 30% of the loans, drawn at random within each outcome, are held out for the comparison; no lender trains on them.
@@ -95,6 +95,42 @@ def split_demo(loans: Loans, seed: int) -> DemoSplit:
             msg = f"seed {seed} gives {lender.name} loans of one outcome only; choose another seed"
             raise DataError(msg)
     return DemoSplit(held_out, banks, small_lenders)
+
+
+def split_unequal(
+    frame: "pd.DataFrame", num_lenders: int, columns: "Sequence[str]", rng: np.random.Generator
+) -> "tuple[NDArray[np.int64], ...]":
+    """Split a table over lenders of very unequal size that serve different people, without a look at outcomes.
+
+    A lender's attraction is log-normal with standard deviation 1 (95% of lenders differ by a factor of 50), and it
+    prefers high or low values of one column: the odds that a loan goes to it are its attraction times exp(3 r) or
+    exp(-3 r), r the loan's rank in that column from 0 to 1, unknown 1/2.
+
+    Args:
+        frame: Loans; not changed.
+        num_lenders: Lenders, >= 1.
+        columns: Numeric columns that lenders choose from, at least one.
+        rng: Draws attractions, preferences and every loan's lender.
+
+    Returns:
+        Each lender's positions in the table, ascending; every row once, no lender empty.
+
+    Raises:
+        DataError: A lender got no loan.
+    """
+    ranks = np.stack([frame[column].rank(pct=True).fillna(0.5).to_numpy() for column in columns])
+    attraction = rng.lognormal(0.0, 1.0, num_lenders)
+    preference = rng.choice((-BANK_PREFERENCE, BANK_PREFERENCE), num_lenders)
+    odds = attraction[:, None] * np.exp(
+        preference[:, None] * ranks[rng.integers(0, len(columns), num_lenders)]
+    )
+    shares = np.cumsum(odds / odds.sum(axis=0), axis=0)
+    owner = (rng.random(len(frame)) > shares[:-1]).sum(axis=0)
+    parts = tuple(np.flatnonzero(owner == lender) for lender in range(num_lenders))
+    if min(len(part) for part in parts) == 0:
+        msg = f"{len(frame)} loans leave a lender of {num_lenders} without any; take fewer lenders or another seed"
+        raise DataError(msg)
+    return parts
 
 
 _BANKS = (("city-bank", "Income"), ("north-bank", "Assets"), ("union-bank", "Seniority"))
