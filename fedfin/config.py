@@ -164,8 +164,8 @@ class LenderPolicy(Section):
             " For public or synthetic data only."
         ),
     )
-    models: tuple[Literal["logistic", "mlp"], ...] = Field(
-        default=("logistic", "mlp"), min_length=1, description="Architectures accepted."
+    models: tuple[Literal["logistic", "mlp", "attention"], ...] = Field(
+        default=("logistic", "mlp", "attention"), min_length=1, description="Architectures accepted."
     )
     max_parameters: int = Field(
         default=100_000, ge=1, description="The largest model accepted, in parameters."

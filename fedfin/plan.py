@@ -23,12 +23,20 @@ class Section(BaseModel):
 class ModelPlan(Section):
     """The architecture, the same at every lender."""
 
-    kind: Literal["logistic", "mlp"] = Field(
+    kind: Literal["logistic", "mlp", "attention"] = Field(
         default="logistic",
-        description="logistic: one weight per bin, a scorecard. mlp: piecewise-linear encoding, LayerNorm, ReLU.",
+        description=(
+            "logistic: one weight per bin, a scorecard. mlp: piecewise-linear encoding, LayerNorm, ReLU. attention: a"
+            " small FT-Transformer, one token per column."
+        ),
     )
     hidden: tuple[int, ...] = Field(
-        default=(32,), description="Widths of the MLP's hidden layers; ignored by logistic.", max_length=4
+        default=(32,),
+        description=(
+            "Widths of the MLP's hidden layers. For attention the token width, a multiple of 4, and the feed-forward"
+            " width (default: twice that). Ignored by logistic."
+        ),
+        max_length=4,
     )
     max_bins: int = Field(default=6, ge=2, le=64, description="Bins per numeric column, at most.")
     seed: int = Field(default=0, ge=0, description="Seed of the public initial weights (not of any noise).")
@@ -40,6 +48,13 @@ class ModelPlan(Section):
             msg = "a hidden layer has one unit at least; give widths of 1 and more"
             raise ValueError(msg)
         return hidden
+
+    @model_validator(mode="after")
+    def _attention_has_its_widths(self) -> "ModelPlan":
+        if self.kind == "attention" and (len(self.hidden) not in {1, 2} or self.hidden[0] % 4):
+            msg = "attention takes hidden: [token width, feed-forward width], the first a multiple of 4; try [32]"
+            raise ValueError(msg)
+        return self
 
 
 class TrainingPlan(Section):
@@ -62,7 +77,9 @@ class TrainingPlan(Section):
         default=0.03, gt=0, le=10, description="AdamW's learning rate at the lender."
     )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
-    proximal: float = Field(default=0.0, ge=0, le=100, description="FedProx's pull back to the round's weights.")
+    proximal: float = Field(
+        default=0.0, ge=0, le=100, description="FedProx's pull back to the round's weights."
+    )
     weighting: Literal["size", "sqrt", "equal"] = Field(
         default="size",
         description="A lender's weight in the average: its number of loans, the square root of it, or one for all.",
