@@ -6,6 +6,8 @@ removed, at the plan's delta, unless it says otherwise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedfin.client.policy import check_plan, check_size
 from fedfin.config import LenderPolicy
@@ -21,7 +23,6 @@ from fedfin.privacy.accounting import (
     epsilon_rdp,
     job_events,
 )
-from fedfin.privacy.filter import capacity, divergence, open_account
 from fedfin.privacy.ledger import Budget, Ledger
 from fedfin.privacy.snapshot import Snapshot
 
@@ -129,14 +130,10 @@ def standing(ledger: Ledger | None, snapshot: Snapshot, cost: JobCost, policy: L
         cost: The planned job.
         policy: States limit and delta.
     """
-    limit, delta = policy.epsilon_limit, policy.max_delta
     if ledger is None:
-        nothing = Epsilon(0.0, 0.0)
-        after = _epsilon(cost.events, delta)
-        budget = _new_budget(cost, limit, delta)
-        return Standing(
-            snapshot.digest, is_known=False, spent=nothing, reserved=nothing, after=after, budget=budget
-        )
+        with TemporaryDirectory() as directory, Ledger(Path(directory) / "ledger.db") as empty:
+            return standing(empty, snapshot, cost, policy)
+    limit, delta = policy.epsilon_limit, policy.max_delta
     spent, reserved = ledger.spent(snapshot, delta), ledger.reserved(snapshot, delta)
     held = ledger.held(snapshot, delta)
     try:
@@ -183,23 +180,6 @@ def refusals(
             " limit"
         )
     return tuple(found)
-
-
-def _new_budget(cost: JobCost, epsilon_limit: float, delta: float) -> Budget | None:
-    """Return the budget of loans that gave nothing yet, as `Ledger.budget` does with an empty ledger."""
-    try:
-        account = open_account(cost.events, epsilon_limit, delta)
-    except BudgetSpentError:
-        return None
-    return Budget(
-        account=account,
-        epsilon_limit=epsilon_limit,
-        capacity=capacity(account, epsilon_limit),
-        spent=0.0,
-        reserved=0.0,
-        asked=divergence(cost.events, account.order),
-        others=(),
-    )
 
 
 def _epsilon(events: Sequence[Event], delta: float) -> Epsilon:

@@ -1,6 +1,6 @@
 """What a lender's loans have given away, release by release, read from its ledger; nothing is recorded or sent."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,7 +56,7 @@ class Spending:
 
 
 @contextmanager
-def open_ledger(folder: LenderFolder) -> Iterator[Ledger | None]:
+def open_ledger(folder: LenderFolder) -> Generator[Ledger | None]:
     """Open the lender's ledger if there is one: looking makes none."""
     if not folder.ledger_path.exists():
         yield None

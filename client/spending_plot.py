@@ -66,31 +66,20 @@ def write_plot(spendings: Sequence[Spending], name: str, path: Path) -> None:
 def _draw(axes: "Axes", spending: Spending) -> None:
     rdp = [0.0, *(charge.epsilon_rdp for charge in spending.charges)]
     pld = [0.0, *(charge.epsilon_pld for charge in spending.charges)]
-    axes.step(
-        range(len(rdp)), rdp, where="post", color=_LINE, linewidth=1.4, label="RDP, which the limit holds"
-    )
+    axes.step(range(len(rdp)), rdp, where="post", color=_LINE, linewidth=1.4, label="RDP, least over orders")
     axes.step(
         range(len(pld)), pld, where="post", color=_LINE, linewidth=1.2, linestyle=":", label="PLD, tighter"
     )
     _draw_jobs(axes, spending, rdp, pld)
-    end = len(spending.charges)
-    if spending.reserved.rdp > 0:
-        axes.plot([end, end + 1], [rdp[-1], spending.held.rdp], "--", color=_GREY, linewidth=1.4)
-        axes.plot(
-            end + 1,
-            spending.held.rdp,
-            "D",
-            color="white",
-            markeredgecolor=_LINE,
-            markersize=7,
-            zorder=3,
-            label="RDP with what is reserved",
-        )
-        end += 1
+    end, held = len(spending.charges), spending.budget.epsilon
+    # at its one order the filter's figure starts high and ends near RDP's: only its end is of use to people
+    axes.plot([end, end + 1], [rdp[-1], held], "--", color=_GREY, linewidth=1.2)
+    label = f"held against the limit{', reserved included' if spending.reserved.rdp > 0 else ''}: {held:.2f}"
+    axes.plot(end + 1, held, "D", color="white", markeredgecolor=_LINE, markersize=7, zorder=3, label=label)
     limit = spending.budget.epsilon_limit
     axes.axhline(limit, color=_LIMIT, linewidth=1.4, label=f"epsilon_limit {limit:g}")
-    axes.set_xlim(0, max(end, 1) * 1.03)
-    axes.set_ylim(0, max(limit, spending.held.rdp) * 1.12)
+    axes.set_xlim(0, (end + 1) * 1.03)
+    axes.set_ylim(0, max(limit, held, rdp[-1]) * 1.12)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#e8ecf1", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -113,7 +102,8 @@ def _draw_jobs(axes: "Axes", spending: Spending, rdp: list[float], pld: list[flo
             for number, charge in enumerate(spending.charges, start=1)
             if charge.entry.job_id == job.job_id and spending.is_inherited(charge) == job.is_inherited
         ]
-        label = f"{job.job_id}: {job.share:.0%} of the limit" + (" (inherited)" if job.is_inherited else "")
+        added = sum(rdp[number] - rdp[number - 1] for number in own)
+        label = f"{job.job_id}: +{added:.2f}" + (" (inherited)" if job.is_inherited else "")
         colour = _JOB_COLOURS[position % len(_JOB_COLOURS)]
         marker = "s" if job.is_inherited else "o"
         axes.plot(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedfin import cli_client, cli_demo, cli_server
+from fedfin import cli_client, cli_demo, cli_privacy, cli_server
 
 __all__ = ["app", "main"]
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_server.app, name="server")
 app.add_typer(cli_client.app, name="client")
+app.add_typer(cli_privacy.app, name="privacy")
 app.command(name="demo", epilog=cli_demo.EPILOG)(cli_demo.demo)
 
 
