@@ -3,13 +3,13 @@
 Everything goes through `fedfin.client.training.train_locally`; what is seen of it is what it hands to its watcher, the
 noisy mean gradient of every step. Nothing of a twin is sent or kept.
 
-The columns of the canaries come last among the inputs. In `canary_job` their weights are set back to zero before each
-step and the training is asked for one step at a time, so that the canaries never saturate; the other weights go on
-training. In `noise_of` the training is asked for whole rounds, as in the job.
+The columns of the canaries come last among the inputs of the model's first matrix. In `canary_job` their weights are
+set back to zero before each step and the training is asked for one step at a time, so that the canaries never
+saturate; the other weights go on training. In `noise_of` the training is asked for whole rounds, as in the job.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fedfin.privacy.noise import NoiseSource, Shape
 
 __all__ = ["CanaryJob", "JobNoise", "Twin"]
+
+_Float = TypeVar("_Float", np.float32, np.float64)
 
 _NUM_NOISE_VALUES: Final = 1000  # of each step, or one column's where that has more
 _MOST_NOISE_STEPS: Final = 1000  # of a lender, but two whole rounds at least
@@ -102,7 +104,9 @@ class Twin:
         """
         self._loans, self._labels = loans, labels
         self._architecture, self._training, self._privacy = architecture, training, privacy
+        # the model's first matrix: all inputs of it, but for attention only those of the first column's token
         self._height = architecture.hidden[0] if architecture.hidden else 1
+        self._width = architecture.blocks[0] if architecture.blocks else architecture.num_inputs
         start = initial_weights(architecture, 0)
         if architecture.hidden:
             spread = np.random.default_rng(0).normal(0.0, _START_SPREAD, len(start))
@@ -136,7 +140,7 @@ class Twin:
             tick: Called after every round.
         """
         num_columns = max(1, _NUM_NOISE_VALUES // self._height)
-        table, labels = with_canaries(self._loans, self._labels, np.zeros(num_columns, np.bool_))
+        table, labels = with_canaries(self._loans, self._labels, np.zeros(num_columns, np.bool_), self._width)
         weights = self._widened(num_columns)
         steps: list[NDArray[np.float64]] = []
         most = 0
@@ -167,17 +171,17 @@ class Twin:
             tick: Called after every step.
         """
         members = rng.random(num_canaries) < 0.5
-        table, labels = with_canaries(self._loans, self._labels, members)
+        table, labels = with_canaries(self._loans, self._labels, members, self._width)
         training = self._training.model_copy(update={"local_steps": 1})
         watched = _WatchedDraws(noise)
         weights = self._widened(num_canaries)
-        module = build(replace(self._architecture, num_inputs=table.shape[1]))
+        module = build(self._widened_architecture(num_canaries))
         scores = np.zeros(num_canaries)
         correct = guesses = drawn_members = 0
         sums, counts = np.zeros(2), np.zeros(2, np.int64)
         for _ in range(num_steps):
             load_weights(module, weights)
-            trace = canary_trace(module, self._loans.shape[1], self._privacy.clipping_bound)
+            trace = canary_trace(module, table.shape[1], self._width, self._privacy.clipping_bound)
             update, seen = self._train(weights, table, labels, training, num_canaries, watched)
             observed = trace.direction @ seen[0]
             scores += log_likelihood_ratio(
@@ -194,7 +198,8 @@ class Twin:
             for position, side in enumerate((present, ~present)):
                 sums[position] += observed[side].sum()
                 counts[position] += side.sum()
-            weights = self._without_canaries(weights + update, num_canaries)
+            weights = weights + update
+            self._canary_columns(weights, num_canaries)[:] = 0.0
             tick()
         return CanaryJob(
             members,
@@ -221,14 +226,13 @@ class Twin:
         seen: list[NDArray[np.float64]] = []
 
         def watch(gradient: "NDArray[np.float64]") -> None:
-            first = gradient[: self._height * table.shape[1]].reshape(self._height, table.shape[1])
-            seen.append(first[:, -num_columns:] * unit)
+            seen.append(self._canary_columns(gradient, num_columns) * unit)
 
         update = train_locally(
             weights,
             table,
             labels,
-            architecture=replace(self._architecture, num_inputs=table.shape[1]),
+            architecture=self._widened_architecture(num_columns),
             training=training,
             privacy=self._privacy,
             noise=noise,
@@ -259,17 +263,25 @@ class Twin:
         size = public_size(min(num_loans, training.weight_cap), training)
         return training.sample_rate * size / self._privacy.clipping_bound
 
+    def _widened_architecture(self, num_columns: int) -> Architecture:
+        blocks = self._architecture.blocks
+        return replace(
+            self._architecture,
+            num_inputs=self._architecture.num_inputs + num_columns,
+            blocks=(blocks[0] + num_columns, *blocks[1:]) if blocks else (),
+        )
+
     def _widened(self, num_columns: int) -> "NDArray[np.float32]":
         """Return the start weights with zeros for `num_columns` more inputs."""
-        size = self._height * self._architecture.num_inputs
-        first = self._start[:size].reshape(self._height, -1)
+        size = self._height * self._width
+        first = self._start[:size].reshape(self._height, self._width)
         wide = np.hstack([first, np.zeros((self._height, num_columns), np.float32)])
         return np.concatenate([wide.ravel(), self._start[size:]])
 
-    def _without_canaries(self, weights: "NDArray[np.float32]", num_columns: int) -> "NDArray[np.float32]":
-        width = self._architecture.num_inputs + num_columns
-        weights[: self._height * width].reshape(self._height, width)[:, -num_columns:] = 0.0
-        return weights
+    def _canary_columns(self, vector: "NDArray[_Float]", num_columns: int) -> "NDArray[_Float]":
+        """Return the canaries' part of a flat vector, as a view, shape (h, num_columns)."""
+        width = self._width + num_columns
+        return vector[: self._height * width].reshape(self._height, width)[:, self._width :]
 
 
 class _WatchedDraws:

@@ -55,7 +55,7 @@ class CanaryTrace:
 
 
 def with_canaries(
-    loans: "NDArray[np.float32]", labels: "NDArray[np.int64]", present: "NDArray[np.bool_]"
+    loans: "NDArray[np.float32]", labels: "NDArray[np.int64]", present: "NDArray[np.bool_]", column: int
 ) -> "tuple[NDArray[np.float32], NDArray[np.int64]]":
     """Return a table with one more column for each canary and one more loan for each present one.
 
@@ -63,6 +63,7 @@ def with_canaries(
         loans: Encoded loans, shape (n, p); not changed.
         labels: 1 = bad, shape (n,).
         present: Which canaries are in the table, shape (m,).
+        column: Where their columns are put in, 0 to p.
 
     Returns:
         Loans, shape (n + present, p + m), the canaries last and in their order, and labels.
@@ -70,22 +71,24 @@ def with_canaries(
     (num_loans, num_inputs), num_canaries = loans.shape, len(present)
     where = np.flatnonzero(present)
     table = np.zeros((num_loans + len(where), num_inputs + num_canaries), np.float32)
-    table[:num_loans, :num_inputs] = loans
-    table[num_loans + np.arange(len(where)), num_inputs + where] = CANARY_VALUE
+    table[:num_loans, :column] = loans[:, :column]
+    table[:num_loans, column + num_canaries :] = loans[:, column:]
+    table[num_loans + np.arange(len(where)), column + where] = CANARY_VALUE
     return table, np.concatenate([labels, np.full(len(where), CANARY_LABEL, labels.dtype)])
 
 
-def canary_trace(module: nn.Module, column: int, clipping_bound: float) -> CanaryTrace:
+def canary_trace(module: nn.Module, num_inputs: int, column: int, clipping_bound: float) -> CanaryTrace:
     """Return the trace of the canary in `column`, from its own gradient in float64.
 
     Args:
-        module: The model at the weights from which the step starts, its canary columns zero; not changed.
-        column: The canary's input, counted from the first input of all.
+        module: The model at the weights from which the step starts, its canary columns zero; not changed. Its first
+            parameter is the matrix that takes the canary's column, shape (h, inputs), from input 0 on.
+        num_inputs: Of the model.
+        column: The canary's input.
         clipping_bound: L2 bound of one loan's gradient; > 0.
     """
     twin = copy.deepcopy(module).double()
-    first = next(twin.parameters())
-    loan = torch.zeros((1, first.shape[1]), dtype=torch.float64)
+    loan = torch.zeros((1, num_inputs), dtype=torch.float64)
     loan[0, column] = CANARY_VALUE
     target = torch.full((1,), float(CANARY_LABEL), dtype=torch.float64)
     loss = nn.functional.binary_cross_entropy_with_logits(twin(loan).reshape(1), target)

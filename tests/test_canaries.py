@@ -140,9 +140,9 @@ def test_one_run_is_not_fooled_by_randomized_response():
 
 def test_a_canary_stands_alone_in_its_column():
     loans, labels = np.ones((3, 2), np.float32), np.array([0, 1, 0])
-    table, outcome = with_canaries(loans, labels, np.array([True, False, True]))
-    assert_array_equal(table[:3], np.hstack([loans, np.zeros((3, 3))]))
-    assert_array_equal(table[3:], np.array([[0, 0, CANARY_VALUE, 0, 0], [0, 0, 0, 0, CANARY_VALUE]]))
+    table, outcome = with_canaries(loans, labels, np.array([True, False, True]), 1)
+    assert_array_equal(table[:3], np.array([[1, 0, 0, 0, 1]] * 3))
+    assert_array_equal(table[3:], np.array([[0, CANARY_VALUE, 0, 0, 0], [0, 0, 0, CANARY_VALUE, 0]]))
     assert_array_equal(outcome, [0, 1, 0, CANARY_LABEL, CANARY_LABEL])
 
 
@@ -154,7 +154,7 @@ def test_a_canary_reaches_the_bound_along_the_stated_direction(architecture):
     height = 4 if architecture.hidden else 1
     weights[: height * 6].reshape(height, 6)[:, 5] = 0.0
     load_weights(module, weights)
-    trace = canary_trace(module, 5, clipping_bound=2.0)
+    trace = canary_trace(module, 6, 5, clipping_bound=2.0)
 
     twin = build(architecture).double()
     load_weights(twin, weights)
@@ -173,7 +173,7 @@ def test_a_canary_behind_a_zero_layer_leaves_no_trace():
     architecture = Architecture("mlp", 3, (2,))
     module = build(architecture)
     load_weights(module, np.zeros(num_parameters(architecture), np.float32))
-    assert canary_trace(module, 2, 1.0).reach == 0.0
+    assert canary_trace(module, 3, 2, 1.0).reach == 0.0
 
 
 def test_hostile_loans_are_finite_and_of_both_outcomes():
