@@ -13,13 +13,17 @@ variance for all loans (section VI-A, for few shadow models).
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from fedfin.client.folder import LenderFolder
+from fedfin.client.preparation import prepare
 from fedfin.client.training import LocalPrivacy, train_locally
 from fedfin.credit.binning import encode
+from fedfin.credit.export import ReleasedModel, load_model
 from fedfin.credit.metrics import bootstrap_gain
 from fedfin.credit.models import Architecture, architecture_of, encoding_of, initial_weights, predict
 from fedfin.errors import DataError
@@ -33,10 +37,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fedfin.credit.export import ReleasedModel
     from fedfin.credit.source import Loans
 
-__all__ = ["AtFalsePositives", "MembershipReport", "attack", "attack_released", "train_job"]
+__all__ = ["AtFalsePositives", "MembershipReport", "attack", "attack_kept", "attack_released", "train_job"]
 
 NUM_SHADOWS: Final = 64
 _MOST_LOANS: Final = 2000  # of each side: enough for a rate of .001
@@ -76,6 +79,7 @@ class MembershipReport:
         high: Upper end.
         rates: At small shares of false positives; without those for which there are too few other loans.
         seconds: Of the attack.
+        caveats: Why the figures may not be about this model's own loans, in words.
     """
 
     num_members: int
@@ -86,6 +90,7 @@ class MembershipReport:
     high: float
     rates: tuple[AtFalsePositives, ...]
     seconds: float
+    caveats: tuple[str, ...] = ()
 
     @property
     def meaning(self) -> str:
@@ -106,6 +111,36 @@ class MembershipReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report for --json."""
         return {**asdict(self), "confidence": 1.0 - 2.0 * _SIDE_ERROR, "meaning": self.meaning}
+
+
+def attack_kept(
+    folder: LenderFolder, directory: Path, *, progress: "Callable[[int, int], None] | None" = None
+) -> MembershipReport:
+    """Attack a model that the lender received, on its training and held-out loans as they are now.
+
+    Args:
+        folder: The lender's.
+        directory: The model's, `models/<digest>`.
+        progress: Called with the shadow models trained and all of them.
+
+    Raises:
+        ConfigError: The model or a source cannot be read.
+        DataError: The loans break the schema, or are too few.
+    """
+    model = load_model(directory)
+    loans = prepare(folder, looking=True)
+    caveats: list[str] = []
+    accepted = folder.job(model.job_id).accepted() or {}
+    if accepted.get("snapshot") != loans.snapshot.digest:
+        caveats.append(
+            f"the training loans are not those that job {model.job_id} trained on: not all that count as members are"
+        )
+    if folder.config.holdout.source is not None:
+        caveats.append(
+            "the held-out loans come from another source: where they differ in kind, that difference is measured too"
+        )
+    report = attack_released(model, loans.train, loans.holdout, progress=progress)
+    return replace(report, caveats=tuple(caveats))
 
 
 def attack_released(
