@@ -4,13 +4,15 @@ The twin (`fedfin.client.twin`) runs the lender's training code under the plan's
 500 of its loans with canaries among them. It is thrown away: nothing of it is sent or kept, only the verdict is shown,
 and only to the lender. So no borrower pays for it and no ledger is charged.
 
-Three parts, each with its share of the error fixed beforehand:
+Four parts, each with its share of the error fixed beforehand:
 
 1. clipping: with the noise switched off, one hostile loan more moves a step's sum by at most the bound, exactly;
 2. noise: two lenders train as the plan says, with columns in which no loan has anything, so that what these release
    is noise alone: of the planned scale and shape, and new in every step, every round and at every lender;
 3. canaries: what the auditor tells apart of them bounds each step's epsilon from below and, by composition over the
-   steps that were counted in part 2, the whole job's; the one-run theorem bounds it a second time.
+   steps that were counted in part 2, the whole job's; the one-run theorem bounds it a second time;
+4. bins (`fedfin.client.bins_audit`): how far one loan moves the histogram, and its noise's scale and shape. It is not
+   attacked: the bounds of part 3 are of the training alone, and so of the whole job too.
 
 The bounds are in `fedfin.privacy.lower_bounds` and use none of the accountant's code: a fault there shows here.
 """
@@ -19,14 +21,16 @@ import math
 import secrets
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pandas as pd
 
+from fedfin.client.audit_report import AuditReport
+from fedfin.client.bins_audit import bins_checks
 from fedfin.client.training import LocalPrivacy
 from fedfin.client.twin import CanaryJob, Twin
 from fedfin.credit.binning import bins_from_histogram, encode, histogram
@@ -58,19 +62,12 @@ if TYPE_CHECKING:
     from fedfin.credit.source import Loans
     from fedfin.plan import JobPlan
 
-__all__ = ["CONFIDENCE", "THREAT_MODEL", "AuditReport", "AuditSize", "audit_job", "audit_loans"]
+__all__ = ["AuditSize", "audit_job", "audit_loans"]
 
-CONFIDENCE: Final = 0.999
-THREAT_MODEL: Final = (
-    "The attacker sees the noisy sum of every step, knows every loan but the one in question, chooses the weights, and"
-    " that loan is as harmful as the clipping allows. For the bound by steps it also knows who was drawn for a step;"
-    " for the one-run bound it does not."
-)
-
-# Together 1 - CONFIDENCE: honest code fails no more often than that, whichever of these fails it.
+# Together 1 - CONFIDENCE of the report: honest code fails no more often than that, whichever of these fails it.
 _STEP_ERROR: Final = 2e-4
 _ONE_RUN_ERROR: Final = 3e-4
-_CHECK_ERROR: Final = 5e-5  # each of ten at most
+_CHECK_ERROR: Final = 5e-5  # each of nine that chance can fail; the others are exact
 
 _CLIPPING_ROUNDING: Final = 1e-4
 _GUESSED_SHARE: Final = 0.8  # of the canaries, in the one-run bound
@@ -95,89 +92,6 @@ class AuditSize:
     most_steps: int = 30_000
 
 
-@dataclass(frozen=True, slots=True)
-class AuditReport:
-    """What the ledger claims, what the attack measured, and the verdict.
-
-    Attributes:
-        model: Kind of model.
-        epsilon_plan: The plan's.
-        delta: The plan's.
-        claim_pld: Upper bound of the whole job by the ledger, PLD; what the verdict holds the attack against.
-        claim_rdp: The same by RDP, what limits hold.
-        noise_multiplier: Planned, of each step.
-        sample_rate: Planned.
-        num_steps: Steps of the whole job, as counted in the code's rounds.
-        epsilon_by_steps: Lower bound of the whole job by single steps.
-        mu_by_steps: Lower bound of one step's shift over its noise; the claim is 1 / noise_multiplier.
-        num_guesses: Guesses about single steps.
-        num_correct: Right ones.
-        epsilon_by_one_run: Lower bound of the whole job by the one-run theorem.
-        one_run_canaries: Canaries of that run.
-        one_run_guesses: Guesses, fixed beforehand.
-        one_run_correct: Right ones.
-        checks: All statements that were tested beside the two bounds.
-        seconds: Of the whole audit.
-    """
-
-    model: str
-    epsilon_plan: float
-    delta: float
-    claim_pld: float
-    claim_rdp: float
-    noise_multiplier: float
-    sample_rate: float
-    num_steps: int
-    epsilon_by_steps: float
-    mu_by_steps: float
-    num_guesses: int
-    num_correct: int
-    epsilon_by_one_run: float
-    one_run_canaries: int
-    one_run_guesses: int
-    one_run_correct: int
-    checks: tuple[Check, ...]
-    seconds: float
-
-    @property
-    def epsilon_measured(self) -> float:
-        """The larger of the two lower bounds."""
-        return max(self.epsilon_by_steps, self.epsilon_by_one_run)
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """Why the audit fails, in words; empty when it passes."""
-        bounds = (
-            ("by single steps", self.epsilon_by_steps),
-            ("in one run", self.epsilon_by_one_run),
-        )
-        found = [
-            f"the attack {how} shows that epsilon is at least {epsilon:.3f}, and the ledger says {self.claim_pld:.3f}"
-            for how, epsilon in bounds
-            if epsilon > self.claim_pld
-        ]
-        return (*found, *(check.text for check in self.checks if not check.holds))
-
-    @property
-    def passed(self) -> bool:
-        """Whether the claim withstood everything."""
-        return not self.failures
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report for --json."""
-        return {
-            **asdict(self),
-            "checks": [check.to_json() for check in self.checks],
-            "epsilon_measured": self.epsilon_measured,
-            "measured_over_claim": self.epsilon_measured / self.claim_rdp,
-            "confidence": CONFIDENCE,
-            "threat_model": THREAT_MODEL,
-            "relation": "add_or_remove_one",
-            "failures": list(self.failures),
-            "passed": self.passed,
-        }
-
-
 def audit_loans(
     loans: "Loans",
     schema: "Schema",
@@ -200,7 +114,10 @@ def audit_loans(
     bins = bins_from_histogram(histogram(loans.frame, schema), schema, plan.model.max_bins)
     encoded = encode(loans.frame, schema, bins, encoding_of(plan.model.kind))
     architecture = architecture_of(plan.model, schema, bins)
-    return audit_job(encoded, loans.labels, architecture, plan, progress=progress)
+    report = audit_job(encoded, loans.labels, architecture, plan, progress=progress)
+    multiplier = _calibrated(plan).bins_noise_multiplier
+    checks = bins_checks(loans.frame, schema, multiplier, SecureNoise(), _CHECK_ERROR)
+    return replace(report, checks=(*report.checks, *checks))
 
 
 def audit_job(
@@ -241,9 +158,7 @@ def audit_job(
         msg = f"the audit trains on the lender's loans and found {len(loans)}; it needs 20 at least"
         raise DataError(msg)
     training = plan.training
-    calibrated = accounting.calibrate(
-        plan.privacy, sample_rate=training.sample_rate, num_steps=plan.num_steps
-    )
+    calibrated = _calibrated(plan)
     claim = _claim(plan, calibrated)
     sigma = calibrated.training_noise_multiplier
     rows = rng.permutation(len(loans))[: size.num_loans]
@@ -304,6 +219,10 @@ def audit_job(
         ),
         seconds=time.monotonic() - started,
     )
+
+
+def _calibrated(plan: "JobPlan") -> accounting.CalibratedNoise:
+    return accounting.calibrate(plan.privacy, sample_rate=plan.training.sample_rate, num_steps=plan.num_steps)
 
 
 def _claim(plan: "JobPlan", noise: accounting.CalibratedNoise) -> Spent:

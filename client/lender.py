@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from fedfin.client.evaluation import EVALUATION_FILE, evaluate, give_up
 from fedfin.client.folder import JobFolder, LenderFolder
+from fedfin.client.histograms import noisy_histogram
 from fedfin.client.policy import check_plan, check_size, check_weights
 from fedfin.client.preparation import PreparedLoans, prepare
 from fedfin.client.training import LocalPrivacy, train_locally
-from fedfin.credit.binning import Bins, encode, histogram, histogram_sensitivity
+from fedfin.credit.binning import Bins, encode
 from fedfin.credit.drift import Reference
 from fedfin.credit.export import ReleasedModel, load_model, model_digest, save_model
 from fedfin.credit.models import (
@@ -281,9 +282,8 @@ class Lender:
         multiplier = _noise_of(plan).bins_noise_multiplier if private else 0.0
 
         def run() -> Histogram:
-            counts = histogram(self._loans.train.frame, schema).astype(np.float64)
-            if private:
-                counts += self._noise.normal(counts.shape, multiplier * histogram_sensitivity(schema))
+            frame = self._loans.train.frame
+            counts = noisy_histogram(frame, schema, multiplier if private else None, self._noise)
             return Histogram(question.job_id, counts)
 
         return _Work(run, (GaussianEvent(multiplier),) if private else ())

@@ -10,7 +10,7 @@ from fedfin.cli_output import DebugOption, JsonOption, console, guarded, print_j
 from fedfin.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedfin.client.auditing import AuditReport
+    from fedfin.client.audit_report import AuditReport
     from fedfin.client.membership import MembershipReport
     from fedfin.plan import JobPlan
 
@@ -133,7 +133,7 @@ def _plan(job: Path | None, changes: dict[str, Any]) -> "JobPlan":
 
 
 def _show(report: "AuditReport", plan: "JobPlan", whose: str) -> None:
-    from fedfin.client.auditing import CONFIDENCE, THREAT_MODEL
+    from fedfin.client.audit_report import CONFIDENCE, THREAT_MODEL
 
     training = plan.training
     rounds = f"{training.rounds} round{'s' if training.rounds > 1 else ''}"
@@ -146,7 +146,11 @@ def _show(report: "AuditReport", plan: "JobPlan", whose: str) -> None:
         "epsilon of the whole job, for tables that differ by one loan added or removed",
         ["", "epsilon", "from"],
         [
-            ["at most, by the ledger (RDP, what limits hold)", f"{report.claim_rdp:.3f}", "proof"],
+            [
+                "at most, by the ledger (RDP, to which plans are calibrated)",
+                f"{report.claim_rdp:.3f}",
+                "proof",
+            ],
             ["at most, by the ledger (PLD, tighter)", f"{report.claim_pld:.3f}", "proof"],
             [
                 "at least, by single steps",
@@ -168,9 +172,9 @@ def _show(report: "AuditReport", plan: "JobPlan", whose: str) -> None:
     console.print()
     say(THREAT_MODEL)
     say(
-        f"Code that keeps its promise fails this audit once in {1 / (1 - CONFIDENCE):.0f} times at most. It covers the"
-        f" steps of the training and their charge; the noise of the histograms for the bins is in the ledger's figures"
-        " and is not attacked. Nothing was charged, because nothing of the twin leaves."
+        f"Code that keeps its promise fails this audit once in {1 / (1 - CONFIDENCE):.0f} times at most. The bounds"
+        " are of the training, so the ledger's figures, which hold the histograms for the bins too, may be as far above"
+        " as those cost. Nothing was charged, because nothing of the twin leaves."
     )
     console.print()
     if report.passed:

@@ -11,10 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import fedfin.client.histograms
 import fedfin.client.twin
 import fedfin.privacy.ledger
-from fedfin.client.auditing import CONFIDENCE, AuditSize, audit_job, audit_loans
+from fedfin.client.audit_report import CONFIDENCE
+from fedfin.client.auditing import AuditSize, audit_job, audit_loans
+from fedfin.client.bins_audit import bins_checks
 from fedfin.client.training import LocalPrivacy, train_locally
+from fedfin.credit.binning import histogram
 from fedfin.credit.models import Architecture
 from fedfin.errors import DataError, PrivacyParameterError
 from fedfin.plan import JobPlan, ModelPlan, PrivacyPlan, TrainingPlan
@@ -204,6 +208,40 @@ def test_batches_that_the_source_did_not_draw_fail(monkeypatch):
 
     monkeypatch.setattr(fedfin.client.twin, "train_locally", train)
     assert "sample rate" in failed(audit(job(sample_rate=0.3)))
+
+
+def histogram_failures(source=Around):
+    loans, schema = demo_loans()
+    checks = bins_checks(loans.frame, schema, 2.0, source(0), 1e-4)
+    return {check.name for check in checks if not check.holds}
+
+
+def test_the_histogram_release_as_it_is_passes():
+    assert histogram_failures() == set()
+
+
+def test_a_histogram_with_half_the_noise_fails():
+    class HalfNoise(Around):
+        def normal(self, size, stddev):
+            return super().normal(size, stddev / 2)
+
+    assert histogram_failures(HalfNoise) == {"histogram, noise scale", "histogram, noise shape"}
+
+
+def test_a_histogram_that_counts_a_loan_twice_fails(monkeypatch):
+    def twice(frame, schema):
+        return 2 * histogram(frame, schema)
+
+    monkeypatch.setattr(fedfin.client.histograms, "histogram", twice)
+    assert histogram_failures() == {"histogram, sensitivity"}
+
+
+def test_a_histogram_whose_noise_comes_again_fails():
+    class Repeated(Around):
+        def normal(self, size, stddev):
+            return SimulatedNoise(3).normal(size, stddev)
+
+    assert "histogram, noise repeated" in histogram_failures(Repeated)
 
 
 def test_the_report_says_what_was_claimed_measured_and_assumed():
