@@ -6,22 +6,15 @@ calibrates plans; the divergences it adds are what limits hold (`privacy/filter.
 distributions (PLD, Doroshenko et al. 2022) are tighter and stand beside it. No central-limit (GDP) figure: it
 reports too little.
 """
-# pyright: reportMissingTypeStubs=false
-# dp_accounting ships no types
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-
-from dp_accounting import dp_event
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from fedfin.errors import PrivacyParameterError
 from fedfin.plan import PrivacyPlan
-from fedfin.privacy.events import Event, GaussianEvent, merge_events
+from fedfin.privacy.composition import ORDERS, composed_divergences, pld_epsilon, rdp_epsilon
+from fedfin.privacy.events import Event, GaussianEvent, gap_of, merge_events
 
 __all__ = [
     "ORDERS",
@@ -39,25 +32,7 @@ __all__ = [
     "merge_events",
 ]
 
-_PLD_INTERVAL = 1e-4
-# dp_accounting takes seconds beyond these sizes; the interval widens instead, which is as sound
-_PLD_POINTS = 500_000  # of the composed distribution, by FFT
-_PLD_POINTS_PER_RELEASE = 100_000  # of one release's, point by point
-_NO_PROTECTION = 1000.0  # above this epsilon no second figure is worth its minutes
 _CALIBRATION_TOLERANCE = 0.005
-
-# Fine where plans live (orders 2 to 12), geometric above. The fractional orders below 3 do not always
-# converge; those left out make the minimum larger, never smaller.
-ORDERS: tuple[float, ...] = (
-    *(1.25, 1.5, 1.75),
-    *(order / 4 for order in range(8, 32)),
-    *(order / 2 for order in range(16, 24)),
-    *range(12, 64),
-    *range(64, 128, 8),
-    *range(128, 256, 32),
-    *(256, 384, 512, 768, 1024),
-)
-"""The Renyi orders at which divergences are known, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +46,6 @@ class CalibratedNoise:
 def epsilon_pld(events: Sequence[Event], delta: float) -> float:
     """Return epsilon of the composition by privacy loss distributions, the tightest figure.
 
-    The loss is discretised at 1e-4, upwards. Where noise is below about 0.85 or epsilon above 50 the
-    interval widens, and above 1000, where nothing is protected, the figure is the RDP one.
-
     Args:
         events: Releases, in any order.
         delta: In (0, 1).
@@ -86,7 +58,7 @@ def epsilon_pld(events: Sequence[Event], delta: float) -> float:
 
     Source: Doroshenko, Ghazi, Kamath, Kumar & Manurangsi 2022, "Connect the dots".
     """
-    return _epsilon_pld(merge_events(events), checked_delta(delta))
+    return _with_gap(events, delta, pld_epsilon)
 
 
 def epsilon_rdp(events: Sequence[Event], delta: float) -> float:
@@ -104,14 +76,14 @@ def epsilon_rdp(events: Sequence[Event], delta: float) -> float:
 
     Source: Mironov, Talwar & Zhang 2019, section 3.3; Canonne, Kamath & Steinke 2020, proposition 12.
     """
-    return _epsilon_rdp(merge_events(events), checked_delta(delta))
+    return _with_gap(events, delta, rdp_epsilon)
 
 
 def divergences(events: Sequence[Event]) -> tuple[float, ...]:
     """Return the Renyi divergence of the composition at each of `ORDERS`, which adds up over jobs.
 
     Args:
-        events: Releases, in any order.
+        events: Releases, in any order; noise in shares counts as continuous, and `events.gap_of` comes on top.
 
     Returns:
         Upper bounds, inf at an order where none is known; zeros without events.
@@ -119,21 +91,22 @@ def divergences(events: Sequence[Event]) -> tuple[float, ...]:
     Raises:
         PrivacyParameterError: An event is of an unknown type.
     """
-    return _composed(merge_events(events))
+    return composed_divergences(_continuous(events))
 
 
 def borrower_epsilon(events: Sequence[Event], delta: float, *, num_lenders: int) -> float:
     """Return the PLD epsilon of a borrower with one loan at each of `num_lenders` lenders.
 
-    Each lender adds its own full noise (mode `local`) and releases the same events.
+    Of releases with a lender's own noise (mode `local`) there are as many as lenders, each with the whole noise.
+    Sums under noise in shares (mode `shared`) hold all the borrower's loans at once, under the same noise.
 
     Args:
-        events: One lender's releases.
+        events: One lender's releases; the other lenders release the same, with the same sample rate.
         delta: In (0, 1).
         num_lenders: Lenders that know the borrower; >= 1.
 
     Returns:
-        Epsilon of the composition of `num_lenders` copies of `events`.
+        Epsilon, an upper bound; 0.0 without events.
 
     Raises:
         PrivacyParameterError: As `epsilon_pld`, or `num_lenders` below 1.
@@ -141,7 +114,16 @@ def borrower_epsilon(events: Sequence[Event], delta: float, *, num_lenders: int)
     if num_lenders < 1:
         msg = f"num_lenders is {num_lenders}; a borrower is known to at least 1 lender"
         raise PrivacyParameterError(msg)
-    return epsilon_pld(list(events) * num_lenders, delta)
+    merged = merge_events(events)
+    own = [event for event in merged if isinstance(event, GaussianEvent)] * num_lenders
+    met = tuple((event.gaussian, num_lenders) for event in merged if not isinstance(event, GaussianEvent))
+    if not met or num_lenders == 1:
+        return epsilon_pld(
+            [*own, *(event for event in merged if not isinstance(event, GaussianEvent))], delta
+        )
+    gap = gap_of(merged)
+    left = gap.delta_left(checked_delta(delta))
+    return gap.epsilon(pld_epsilon(_continuous(own), left, met)) if left > 0.0 else math.inf
 
 
 def borrower_epsilons(events: Sequence[Event], delta: float) -> tuple[float, float, float]:
@@ -210,60 +192,20 @@ def checked_delta(delta: float) -> float:
     return delta
 
 
-@lru_cache(maxsize=512)
-def _epsilon_pld(merged: tuple[Event, ...], delta: float) -> float:
-    bound = _epsilon_rdp(merged, delta)
-    if not merged or bound > _NO_PROTECTION:
-        return bound
-    release_loss = max(8.0 / event.noise_multiplier + 0.5 * event.noise_multiplier**-2 for event in merged)
-    interval = max(_PLD_INTERVAL, bound / _PLD_POINTS, release_loss / _PLD_POINTS_PER_RELEASE)
-    accountant = PLDAccountant(value_discretization_interval=interval)
-    for event in merged:
-        accountant.compose(_dp_event(event), event.count)
-    # both are upper bounds; the wide interval can make the tighter one the looser
-    return min(bound, float(accountant.get_epsilon(delta)))
+def _continuous(events: Sequence[Event]) -> tuple[GaussianEvent, ...]:
+    """Return the releases with continuous noise in the place of noise in shares, merged."""
+    merged = merge_events([event.gaussian for event in merge_events(events)])
+    return tuple(event for event in merged if isinstance(event, GaussianEvent))
 
 
-@lru_cache(maxsize=4096)
-def _epsilon_rdp(merged: tuple[Event, ...], delta: float) -> float:
-    if not merged:
-        return 0.0
-    epsilon, _ = compute_epsilon(ORDERS, _composed(merged), delta)
-    return float(epsilon)
-
-
-def _composed(merged: tuple[Event, ...]) -> tuple[float, ...]:
-    curves = [(event.count, _rdp_curve(event.noise_multiplier, event.sample_rate)) for event in merged]
-    return tuple(sum(count * curve[order] for count, curve in curves) for order in range(len(ORDERS)))
-
-
-@lru_cache(maxsize=4096)
-def _rdp_curve(noise_multiplier: float, sample_rate: float) -> tuple[float, ...]:
-    """Return one release's Renyi divergence at each of `ORDERS`; inf where it did not converge."""
-    accountant = RdpAccountant(ORDERS)
-    logger = logging.getLogger("absl")
-    logger.addFilter(_is_not_about_an_order)
-    try:
-        accountant.compose(_dp_event(GaussianEvent(noise_multiplier, sample_rate)))
-    finally:
-        logger.removeFilter(_is_not_about_an_order)
-    curve = tuple(float(divergence) for divergence in accountant.rdp)
-    if min(curve) <= 0.0:  # dp_accounting would read it as no cost at all
-        msg = f"noise_multiplier {noise_multiplier} at sample_rate {sample_rate} reads as no cost; lower it"
-        raise PrivacyParameterError(msg)
-    return curve
-
-
-def _dp_event(event: GaussianEvent) -> dp_event.DpEvent:
-    gaussian = dp_event.GaussianDpEvent(event.noise_multiplier)
-    if event.sample_rate == 1.0:
-        return gaussian
-    return dp_event.PoissonSampledDpEvent(event.sample_rate, gaussian)
-
-
-def _is_not_about_an_order(record: logging.LogRecord) -> bool:
-    """Silence dp_accounting about orders that it leaves out (see `ORDERS`), and nothing else."""
-    return not str(record.msg).startswith("_compute_log_a_frac failed to converge")
+def _with_gap(
+    events: Sequence[Event],
+    delta: float,
+    epsilon_of: Callable[[tuple[GaussianEvent, ...], float], float],
+) -> float:
+    gap = gap_of(merge_events(events))
+    left = gap.delta_left(checked_delta(delta))
+    return gap.epsilon(epsilon_of(_continuous(events), left)) if left > 0.0 else math.inf
 
 
 def _least_noise(

@@ -4,80 +4,74 @@ An event holds a mechanism's parameters and never only an epsilon, so that every
 together with what comes later. What is of no type listed here cannot be accounted for and is refused.
 """
 
+import json
+import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import TypeAlias
 
 from fedfin.errors import PrivacyParameterError
+from fedfin.privacy.gaussian_event import GaussianEvent
+from fedfin.privacy.shared_events import SharedNoiseEvent
 
-__all__ = ["Event", "GaussianEvent", "event_of", "merge_events"]
+__all__ = [
+    "Event",
+    "Gap",
+    "GaussianEvent",
+    "SharedNoiseEvent",
+    "event_of",
+    "gap_of",
+    "merge_events",
+    "parameters_of",
+]
 
-_MIN_NOISE_MULTIPLIER = 0.01  # epsilon is in the thousands below
-_MIN_RATE_OVER_NOISE = 1e-5  # below, the divergence of a step drowns in float64's rounding and reads 0
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class GaussianEvent:
-    """`count` releases of a Gaussian mechanism on a Poisson sample of the loans, or on all of them.
-
-    Attributes:
-        noise_multiplier: Noise's standard deviation over the L2 sensitivity; >= 0.01, at most
-            `sample_rate` * 1e5.
-        sample_rate: Chance of each loan to be in a release's sample, in (0, 1]; 1 samples nothing.
-        count: Releases; >= 1.
-
-    Raises:
-        PrivacyParameterError: A value is out of range, so that the event cannot be accounted for.
-    """
-
-    noise_multiplier: float
-    sample_rate: float = 1.0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not (0.0 < self.sample_rate <= 1.0):
-            msg = f"sample_rate is {self.sample_rate}; the chance of a loan to be sampled must be in (0, 1]"
-            raise PrivacyParameterError(msg)
-        least, largest = self.noise_range(self.sample_rate)
-        if not (least <= self.noise_multiplier <= largest):
-            msg = (
-                f"noise_multiplier is {self.noise_multiplier} at sample_rate {self.sample_rate}; below"
-                f" {least} it protects nothing and above {largest:g} its cost drowns in"
-                " rounding: choose one between"
-            )
-            raise PrivacyParameterError(msg)
-        if self.count < 1 or self.count != int(self.count):
-            msg = f"count is {self.count!r}; an event stands for a whole number of releases, at least 1"
-            raise PrivacyParameterError(msg)
-
-    @staticmethod
-    def noise_range(sample_rate: float) -> tuple[float, float]:
-        """Return the least and the largest noise multiplier that can be accounted for at a rate."""
-        return _MIN_NOISE_MULTIPLIER, sample_rate / _MIN_RATE_OVER_NOISE
-
-    @property
-    def mechanism(self) -> str:
-        """The mechanism's name in the ledger."""
-        return "gaussian"
-
-    @property
-    def sampler(self) -> str:
-        """How a release's sample is drawn: "poisson", or "none" when it takes all loans."""
-        return "poisson" if self.sample_rate < 1.0 else "none"
-
-    @property
-    def relation(self) -> str:
-        """The neighbouring relation of every figure: two tables differ by one loan added or removed."""
-        return "add_or_remove_one"
-
-    @property
-    def parameters(self) -> str:
-        """What the mechanism has beyond noise, rate and count, as JSON for the ledger: nothing."""
-        return "{}"
-
-
-Event = GaussianEvent
+Event: TypeAlias = GaussianEvent | SharedNoiseEvent
 """Every kind of event that can be accounted for."""
+
+_TYPES = (GaussianEvent, SharedNoiseEvent)
+_SHARED_PARAMETERS = ("size", "share_stddev", "num_shares", "num_lenders")
+_LARGEST_EPSILON = 150.0  # beyond the largest plan; with shares, larger ones are inf
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far releases may be from those with continuous noise: H and D of the claim of `shared_events`."""
+
+    eta: float = 0.0
+    zeta: float = 0.0
+
+    def delta_left(self, delta: float) -> float:
+        """Return the delta at which the continuous releases must be accounted for; 0 or below: none is left."""
+        if self == Gap():
+            return delta
+        if self.eta > 1.0:
+            return -math.inf
+        spare = self.zeta * (1.0 + math.exp(self.eta + _LARGEST_EPSILON))
+        return math.exp(-self.eta) * (delta - spare)
+
+    def epsilon(self, continuous: float) -> float:
+        """Return the epsilon of the releases, from that of the continuous ones at `delta_left`."""
+        if self == Gap():
+            return continuous
+        return continuous + 2.0 * self.eta if continuous <= _LARGEST_EPSILON else math.inf
+
+    def continuous(self, epsilon: float) -> float:
+        """Return the largest epsilon of the continuous releases with which these keep to `epsilon`."""
+        return epsilon if self == Gap() else min(epsilon - 2.0 * self.eta, _LARGEST_EPSILON)
+
+
+def gap_of(events: Iterable[Event]) -> Gap:
+    """Return how far all these releases together may be from continuous ones; none without shares of noise."""
+    gaps = [(event.count, *event.round_gap) for event in events]
+    return Gap(sum(count * eta for count, eta, _ in gaps), sum(count * zeta for count, _, zeta in gaps))
+
+
+def parameters_of(event: Event) -> str:
+    """Return what a mechanism has beyond noise, rate and count, as JSON for the ledger."""
+    if isinstance(event, GaussianEvent):
+        return "{}"
+    return json.dumps({name: getattr(event, name) for name in _SHARED_PARAMETERS})
 
 
 def event_of(
@@ -88,13 +82,23 @@ def event_of(
     Raises:
         PrivacyParameterError: No mechanism of this version has that name, or a value is out of range.
     """
-    if mechanism != "gaussian" or parameters != "{}":
-        msg = f"a mechanism {mechanism} with parameters {parameters} is unknown to this version; install a newer one"
+    event: Event | None = None
+    try:
+        known = json.loads(parameters)
+        if mechanism == "gaussian" and known == {}:
+            event = GaussianEvent(noise_multiplier, sample_rate, count)
+        elif mechanism == "discrete_gaussian_shares" and tuple(known) == _SHARED_PARAMETERS:
+            event = SharedNoiseEvent(noise_multiplier, sample_rate, count, *map(int, known.values()))
+    except (ValueError, TypeError) as error:
+        msg = f"the parameters of a mechanism {mechanism} do not parse"
+        raise PrivacyParameterError(msg) from error
+    if event is None:
+        msg = f"a mechanism {mechanism} with parameters {parameters} is unknown to this version"
         raise PrivacyParameterError(msg)
-    return GaussianEvent(noise_multiplier, sample_rate, count)
+    return event
 
 
-def merge_events(events: Iterable[Event]) -> tuple[Event, ...]:
+def merge_events(events: Sequence[Event] | Iterable[Event]) -> tuple[Event, ...]:
     """Return equal events as one with the sum of their counts, in a canonical order.
 
     Raises:
@@ -102,11 +106,12 @@ def merge_events(events: Iterable[Event]) -> tuple[Event, ...]:
     """
     counts: Counter[Event] = Counter()
     for event in events:
-        if type(event) is not GaussianEvent:
+        if type(event) not in _TYPES:
             msg = (
                 f"an event of type {type(event).__name__} cannot be accounted for; describe every release as"
-                " a GaussianEvent"
+                f" {' or '.join(kind.__name__ for kind in _TYPES)}"
             )
             raise PrivacyParameterError(msg)
         counts[replace(event, count=1)] += event.count
-    return tuple(replace(kind, count=count) for kind, count in sorted(counts.items()))
+    kinds = sorted(counts, key=lambda kind: (kind.mechanism, astuple(kind)))
+    return tuple(replace(kind, count=counts[kind]) for kind in kinds)

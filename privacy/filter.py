@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from fedfin.errors import BudgetSpentError, PrivacyParameterError
 from fedfin.privacy.accounting import ORDERS, checked_delta, divergences
-from fedfin.privacy.events import Event
+from fedfin.privacy.events import Event, Gap, gap_of
 
 __all__ = ["Account", "capacity", "divergence", "filter_epsilon", "open_account"]
+
+_NO_GAP = Gap()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,11 @@ def open_account(events: Sequence[Event], epsilon_limit: float, delta: float) ->
         BudgetSpentError: The limit is so small that it holds at no order.
         PrivacyParameterError: `delta` or an event cannot be accounted for.
     """
-    checked_delta(delta)
+    gap = gap_of(events)
     shares = {
         order: spent / room
         for order, spent in zip(ORDERS, divergences(events), strict=True)
-        if (room := epsilon_limit - _conversion(order, delta)) > 0.0
+        if (room := capacity(Account(order, delta), epsilon_limit, gap)) > 0.0
     }
     if not shares:
         msg = (
@@ -71,12 +73,19 @@ def divergence(events: Sequence[Event], order: float) -> float:
     return divergences(events)[ORDERS.index(order)]
 
 
-def capacity(account: Account, epsilon_limit: float) -> float:
-    """Return the divergence that may be spent in all at the account's order; below 0 where nothing may."""
-    return epsilon_limit - _conversion(account.order, account.delta)
+def capacity(account: Account, epsilon_limit: float, gap: Gap = _NO_GAP) -> float:
+    """Return the divergence that may be spent in all at the account's order; below 0 where nothing may.
+
+    Args:
+        account: Order and delta.
+        epsilon_limit: The lender's limit.
+        gap: What noise in shares takes of the limit, of all that is spent.
+    """
+    left = gap.delta_left(account.delta)
+    return gap.continuous(epsilon_limit) - _conversion(account.order, left) if left > 0.0 else -math.inf
 
 
-def filter_epsilon(account: Account, spent: float) -> float:
+def filter_epsilon(account: Account, spent: float, gap: Gap = _NO_GAP) -> float:
     """Return the epsilon that a divergence of `spent` at the account's order guarantees at its delta.
 
     0.0 where nothing was spent. A first small job already costs the conversion's constant here, so as a figure
@@ -86,9 +95,11 @@ def filter_epsilon(account: Account, spent: float) -> float:
     """
     if spent == 0.0:
         return 0.0
-    order, delta = account.order, account.delta
+    order, delta = account.order, gap.delta_left(account.delta)
+    if delta <= 0.0:
+        return math.inf
     # in the order of dp_accounting's sum: a plan that RDP puts at the limit must not miss it by a rounding
-    return spent + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+    return gap.epsilon(spent + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
 
 
 def _conversion(order: float, delta: float) -> float:

@@ -19,7 +19,7 @@ from typing import Self, TypeAlias
 
 from fedfin.errors import BudgetSpentError, LedgerError, PrivacyParameterError
 from fedfin.privacy.accounting import epsilon_pld, epsilon_rdp
-from fedfin.privacy.events import Event, GaussianEvent, merge_events
+from fedfin.privacy.events import Event, Gap, GaussianEvent, gap_of, merge_events
 from fedfin.privacy.filter import Account, capacity, divergence, filter_epsilon, open_account
 from fedfin.privacy.ledger_file import Entry, LedgerFile, Stage
 from fedfin.privacy.overlap import memberships
@@ -63,6 +63,7 @@ class Budget:
     spent: float
     reserved: float
     asked: float
+    gap: Gap  # what noise in shares adds to epsilon, of all of these
     others: tuple[str, ...]  # other snapshots that hold loans of this one and count here; digests
 
     @property
@@ -73,7 +74,7 @@ class Budget:
     @property
     def epsilon(self) -> float:
         """What is spent, reserved and asked, as the filter's epsilon: the job fits up to `epsilon_limit`."""
-        return filter_epsilon(self.account, self.spent + self.reserved + self.asked)
+        return filter_epsilon(self.account, self.spent + self.reserved + self.asked, self.gap)
 
     @property
     def fits(self) -> bool:
@@ -363,14 +364,16 @@ class _Books:
             accounts = {account, *(self.accounts[name] for name in loan if name in self.accounts)}
             for own in accounts:
                 held = replace(own, delta=min(own.delta, max_delta))
+                gap = gap_of([*_held(entries), *asked])
                 budgets.append(
                     Budget(
                         account=held,
                         epsilon_limit=epsilon_limit,
-                        capacity=capacity(held, epsilon_limit),
+                        capacity=capacity(held, epsilon_limit, gap),
                         spent=divergence(_committed(entries), own.order),
                         reserved=divergence(_uncommitted(entries), own.order),
                         asked=divergence(asked, own.order),
+                        gap=gap,
                         others=tuple(
                             dict.fromkeys(e.snapshot for e in entries if e.snapshot != self.snapshot)
                         ),
@@ -444,11 +447,12 @@ def _worst(spends: Iterable[tuple[Event, ...]], delta: float) -> Spent:
 
 def _refusal(job_id: str, snapshot: Snapshot, budget: Budget) -> str:
     others = f", with {len(budget.others)} other snapshots that hold the same loans" if budget.others else ""
+    taken = budget.share(budget.spent + budget.reserved)
     return (
         f"job {job_id} asks {budget.share(budget.asked):.1%} of what policy.epsilon_limit {budget.epsilon_limit:g}"
-        f" admits for a loan of data snapshot {snapshot.digest[:12]}, and {budget.share(budget.spent + budget.reserved):.1%}"
-        f" is spent or reserved{others}; the total ε={budget.epsilon:.4g} (RDP of order {budget.account.order:g}, δ="
-        f"{budget.account.delta:g}, one loan added or removed) passes the limit; ask the data officer to raise"
+        f" admits for a loan of data snapshot {snapshot.digest[:12]}, and {taken:.1%}"
+        f" is spent or reserved{others}; the total ε={budget.epsilon:.4g} (RDP of order {budget.account.order:g},"
+        f" δ={budget.account.delta:g}, one loan added or removed) passes the limit; ask the data officer to raise"
         " policy.epsilon_limit in bank.yaml, or leave this job out"
     )
 
@@ -456,5 +460,5 @@ def _refusal(job_id: str, snapshot: Snapshot, budget: Budget) -> str:
 def _in_words(counts: Counter[Event]) -> str:
     return ", ".join(
         f"{count} of noise_multiplier {kind.noise_multiplier:.4g} at sample_rate {kind.sample_rate:g}"
-        for kind, count in sorted(counts.items())
+        for kind, count in counts.items()
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
 from fedfin.errors import LedgerError, PrivacyParameterError
-from fedfin.privacy.events import Event, event_of
+from fedfin.privacy.events import Event, event_of, parameters_of
 from fedfin.privacy.filter import Account
 from fedfin.privacy.ledger_schema import APPLICATION_ID, SCHEMA_VERSION, upgrade
 from fedfin.privacy.snapshot import Snapshot
@@ -238,7 +238,7 @@ class LedgerFile:
                     event.count,
                     event.sampler,
                     event.relation,
-                    event.parameters,
+                    parameters_of(event),
                 ),
             )
 

@@ -35,7 +35,7 @@ import math
 from dataclasses import dataclass
 
 from fedfin.errors import PrivacyParameterError
-from fedfin.privacy.accounting import GaussianEvent
+from fedfin.privacy.gaussian_event import GaussianEvent
 from fedfin.privacy.shares import TAIL, ShareScheme
 
 __all__ = ["SharedNoiseEvent", "shared_event"]

@@ -1,6 +1,7 @@
 """Epsilon agrees with closed forms and published figures, and calibration meets the plan."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,12 +14,15 @@ from fedfin.privacy.accounting import (
     CalibratedNoise,
     GaussianEvent,
     borrower_epsilon,
+    borrower_epsilons,
     calibrate,
     epsilon_pld,
     epsilon_rdp,
     job_events,
     merge_events,
 )
+from fedfin.privacy.events import SharedNoiseEvent
+from fedfin.privacy.shared_accounting import shared_borrower_epsilon, shared_epsilon_pld, shared_epsilon_rdp
 
 DELTA = 1e-5
 MEASURED = GaussianEvent(1.0, sample_rate=0.0128, count=2343)
@@ -61,6 +65,39 @@ def test_borrower_known_to_two_lenders_pays_twice():
     assert borrower_epsilon([MEASURED], DELTA, num_lenders=2) == pytest.approx(5.38, abs=5e-3)
     with pytest.raises(PrivacyParameterError, match="num_lenders is 0"):
         borrower_epsilon([MEASURED], DELTA, num_lenders=0)
+
+
+SHARES = SharedNoiseEvent(1.0, 0.0128, 2343, size=100, share_stddev=10**7, num_shares=8, num_lenders=10)
+
+
+def test_noise_in_shares_costs_what_continuous_noise_does_and_the_lattice():
+    """`shared_accounting` and this module must be one account."""
+    for events in ([SHARES], [replace(SHARES, share_stddev=1000, count=100)]):
+        assert epsilon_pld(events, DELTA) == shared_epsilon_pld(events, DELTA)
+        assert epsilon_rdp(events, DELTA) == shared_epsilon_rdp(events, DELTA)
+    assert epsilon_pld([SHARES], DELTA) == pytest.approx(epsilon_pld([MEASURED], DELTA), rel=1e-6)
+    assert epsilon_rdp([replace(SHARES, size=10**6, share_stddev=600, count=2000)], DELTA) == math.inf
+
+
+def test_a_borrower_whose_loans_meet_in_one_sum_pays_more_than_for_separate_releases():
+    assert borrower_epsilon([SHARES], DELTA, num_lenders=1) == epsilon_pld([SHARES], DELTA)
+    assert borrower_epsilon([SHARES], DELTA, num_lenders=2) == pytest.approx(8.29, abs=0.01)
+    assert borrower_epsilon([SHARES], DELTA, num_lenders=2) == pytest.approx(
+        shared_borrower_epsilon([SHARES], DELTA, num_lenders=2), rel=1e-3
+    )
+    # without sampling: one Gaussian release that moves twice as far
+    sums = replace(SHARES, sample_rate=1.0, noise_multiplier=30.0, count=10)
+    assert borrower_epsilon([sums], DELTA, num_lenders=2) == pytest.approx(
+        epsilon_pld([GaussianEvent(15.0, 1.0, 10)], DELTA), rel=1e-4
+    )
+
+
+def test_a_borrower_known_to_one_two_and_three_lenders_of_both_modes():
+    local, sums = GaussianEvent(30.0), replace(SHARES, sample_rate=1.0, noise_multiplier=30.0, count=1)
+    figures = borrower_epsilons([local, sums], DELTA)
+    for known, figure in enumerate(figures, start=1):
+        both = [GaussianEvent(30.0, 1.0, known), GaussianEvent(30.0 / known)]
+        assert figure == pytest.approx(epsilon_pld(both, DELTA), rel=1e-4)
 
 
 def test_nothing_released_costs_nothing():

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from fedfin.errors import BudgetSpentError, DataError, LedgerError, PrivacyParameterError
 from fedfin.privacy.accounting import GaussianEvent, epsilon_pld, epsilon_rdp
+from fedfin.privacy.events import SharedNoiseEvent
 from fedfin.privacy.filter import Account
 from fedfin.privacy.ledger import Ledger, Spent
 from fedfin.privacy.overlap import memberships
@@ -429,6 +430,56 @@ def test_a_limit_that_holds_at_no_order_admits_nothing(ledger):
     assert budget.capacity < 0.0
     assert budget.share(budget.spent) == math.inf
     assert not budget.fits
+
+
+# Noise in shares
+
+SUMS = SharedNoiseEvent(4.0, 0.5, 10, size=20, share_stddev=10**6, num_shares=8, num_lenders=10)
+COARSE = dataclasses.replace(SUMS, share_stddev=30)
+
+
+def test_sums_under_noise_in_shares_are_recorded_charged_and_shown_like_other_releases(path):
+    with Ledger(path) as ledger:
+        reserve(ledger, events=[SUMS, BINS])
+        ledger.commit("job-1", "round 1", [dataclasses.replace(SUMS, count=1)], "r1")
+        with pytest.raises(LedgerError, match="more than is left"):
+            ledger.commit("job-1", "round 2", [dataclasses.replace(SUMS, count=1, num_shares=7)], "r2")
+    with Ledger(path) as again:
+        (spent,) = again.spent(SNAPSHOT, DELTA).events
+        assert spent == dataclasses.replace(SUMS, count=1)
+        assert again.held(SNAPSHOT, DELTA).epsilon_rdp == epsilon_rdp([SUMS, BINS], DELTA)
+        assert again.reserved(SNAPSHOT, DELTA).events == (dataclasses.replace(SUMS, count=9), BINS)
+
+
+def test_the_limit_holds_what_the_lattice_adds(ledger):
+    """Rounding to a coarse lattice costs epsilon on top of the divergences; both are held against the limit."""
+    smooth = ledger.budget(table(), [SUMS], epsilon_limit=3.0, max_delta=DELTA)
+    coarse = ledger.budget(table(), [COARSE], epsilon_limit=3.0, max_delta=DELTA)
+    assert smooth.gap.eta < 1e-9
+    assert coarse.gap.eta == 10 * COARSE.round_gap[0] > 0.01
+    limit = epsilon_rdp([COARSE], DELTA)
+    assert epsilon_rdp([SUMS], DELTA) < 0.99 * limit
+    with pytest.raises(BudgetSpentError):
+        reserve(ledger, events=[COARSE], limit=0.9999 * limit)
+    reserve(ledger, events=[COARSE], limit=1.0001 * limit)
+    with pytest.raises(BudgetSpentError):
+        reserve(ledger, "job-2", events=[GaussianEvent(100.0)], limit=1.0001 * limit)
+
+
+@pytest.mark.parametrize(
+    "parameters", ["{}", '{"size": 20}', "[1, 2, 3, 4]", "no json", '{"size": 20, "share_stddev": "x"}']
+)
+def test_noise_in_shares_without_its_parameters_stops_the_work(ledger, path, parameters):
+    spend(ledger)
+    other = sqlite3.connect(path)
+    other.execute(
+        "INSERT INTO event VALUES (1, 'discrete_gaussian_shares', 4.0, 0.5, 1, 'poisson', 'add_or_remove_one', ?)",
+        (parameters,),
+    )
+    other.commit()
+    other.close()
+    with pytest.raises(LedgerError, match="account"):
+        ledger.spent(SNAPSHOT, DELTA)
 
 
 # The file

@@ -1,6 +1,5 @@
 """A ledger of version 1 is brought up to date whole or not at all, and what it holds counts for every table."""
 
-import os
 import sqlite3
 
 import pytest
@@ -15,7 +14,7 @@ DELTA = 1e-5
 BINS, ROUND = GaussianEvent(40.0), GaussianEvent(20.0, 0.5, 5)
 WHOLE_JOB = epsilon_rdp([BINS, ROUND, ROUND], DELTA)
 
-# As fedfin 0.1 wrote it: a finished job that spent bins and two rounds of "old", an open one that spent bins of "other".
+# As fedfin 0.1 wrote it: a finished job that spent bins and two rounds of "old", an open one with bins of "other".
 VERSION_1 = """
 BEGIN;
 PRAGMA application_id=1717920870;
@@ -167,7 +166,7 @@ def test_an_upgrade_that_fails_leaves_the_file_as_it_was(path, monkeypatch):
         with pytest.raises(LedgerError, match="already exists"):
             Ledger(path)
     assert path.read_bytes() == before
-    assert os.listdir(path.parent) == ["ledger.db"]
+    assert [file.name for file in path.parent.iterdir()] == ["ledger.db"]
     Ledger(path).close()
 
 
