@@ -9,27 +9,28 @@ __all__ = ["write_private", "write_public"]
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a secret with mode 0600, durably; an existing file is never replaced.
+    """Write a secret with mode 0600, whole or not at all; an existing file is never replaced.
 
     Raises:
         ConfigError: The file exists already, or cannot be written.
     """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError as error:
-        msg = f"{path} exists already; it is never overwritten: use an empty folder, or move the old one away"
-        raise ConfigError(msg) from error
-    except OSError as error:
-        msg = f"{path} cannot be written ({error.strerror}); free the disk or use another folder"
-        raise ConfigError(msg) from error
-    try:
+        part.unlink(missing_ok=True)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.link(part, path)  # not rename, which would replace
+        part.unlink()
         _sync_directory(path.parent)
+    except FileExistsError as error:
+        part.unlink(missing_ok=True)
+        msg = f"{path} exists already; it is never overwritten: use an empty folder, or move the old one away"
+        raise ConfigError(msg) from error
     except OSError as error:
-        path.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         msg = f"{path} cannot be written ({error.strerror}); free the disk or use another folder"
         raise ConfigError(msg) from error
 
