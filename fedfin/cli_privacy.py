@@ -7,6 +7,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from fedfin import cli_privacy_audit
 from fedfin.cli_output import DebugOption, JsonOption, console, guarded, print_json, print_table, say
 from fedfin.errors import ConfigError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="The privacy budget: what a job would cost, and what was spent.",
+    help="The privacy budget: what a job would cost, what was spent, and an attack on the guarantee.",
     epilog="Example:  fedfin privacy plan --config bank.yaml --epsilon 3 --rounds 20",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -68,7 +69,7 @@ def plan(
         typer.Option("--sample-rate", help="Chance of a loan to be in a step's batch; default: the plan's."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="logistic or mlp; default: the plan's.")
+        str | None, typer.Option("--model", help="logistic, mlp or attention; default: the plan's.")
     ] = None,
     lenders: Annotated[
         int | None,
@@ -191,6 +192,9 @@ def ledger(
             say(f"drawn: {plot}")
 
     guarded(work, json_out=json_out, debug=debug)
+
+
+app.command(name="audit", epilog=cli_privacy_audit.EPILOG)(cli_privacy_audit.audit)
 
 
 def _job_plan(job: Path | None, lenders: int | None, changes: dict[str, Any]) -> "tuple[JobPlan, int]":
@@ -399,13 +403,13 @@ def _show_spending(spending: "Spending") -> None:
     rows = []
     for charge in spending.charges:
         entry = charge.entry
-        inherited = f" (of {entry.snapshot[:8]})" if spending.is_inherited(charge) else ""
+        inherited = entry.snapshot[:12] if spending.is_inherited(charge) else "-"
         for number, event in enumerate(entry.events, start=1):
             last = number == len(entry.events)
             rows.append(
                 [
-                    entry.utc.replace("T", " ").removesuffix("+00:00"),
-                    entry.job_id + inherited,
+                    entry.utc[:16].replace("T", " "),
+                    entry.job_id,
                     entry.stage,
                     event.mechanism,
                     f"{event.noise_multiplier:.4g}",
@@ -413,11 +417,12 @@ def _show_spending(spending: "Spending") -> None:
                     str(event.count),
                     f"{charge.epsilon_rdp:.3f}" if last else "",
                     f"{charge.epsilon_pld:.3f}" if last else "",
+                    inherited,
                 ]
             )
     print_table(
         "releases, and epsilon of all up to each",
-        ["UTC", "job", "stage", "mechanism", "noise", "rate", "count", "RDP", "PLD"],
+        ["UTC", "job", "stage", "mechanism", "noise", "rate", "count", "RDP", "PLD", "inherited from"],
         rows,
         numeric_from=4,
     )
