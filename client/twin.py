@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
+from fedfin.client.audit_noise import Silence, WatchedDraws
 from fedfin.client.training import LocalPrivacy, train_locally
 from fedfin.credit.models import Architecture, build, initial_weights, load_weights
 from fedfin.privacy.canaries import (
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fedfin.plan import TrainingPlan
-    from fedfin.privacy.noise import NoiseSource, Shape
+    from fedfin.privacy.noise import NoiseSource
 
 __all__ = ["CanaryJob", "JobNoise", "Twin"]
 
@@ -173,7 +174,7 @@ class Twin:
         members = rng.random(num_canaries) < 0.5
         table, labels = with_canaries(self._loans, self._labels, members, self._width)
         training = self._training.model_copy(update={"local_steps": 1})
-        watched = _WatchedDraws(noise)
+        watched = WatchedDraws(noise)
         weights = self._widened(num_canaries)
         module = build(self._widened_architecture(num_canaries))
         scores = np.zeros(num_canaries)
@@ -253,7 +254,7 @@ class Twin:
             architecture=self._architecture,
             training=training.model_copy(update={"local_steps": 1}),
             privacy=self._privacy,
-            noise=_Silence(),
+            noise=Silence(),
             watch=lambda gradient: seen.append(gradient * unit),
         )
         return seen[0]
@@ -282,41 +283,3 @@ class Twin:
         """Return the canaries' part of a flat vector, as a view, shape (h, num_columns)."""
         width = self._width + num_columns
         return vector[: self._height * width].reshape(self._height, width)[:, self._width :]
-
-
-class _WatchedDraws:
-    """A noise source that hands on another's noise and remembers who was drawn last."""
-
-    def __init__(self, noise: "NoiseSource") -> None:
-        self._noise = noise
-        self._last: NDArray[np.bool_] | None = None
-
-    def drawn(self, num: int) -> "NDArray[np.bool_]":
-        """Return the draw since the last call, shape (num,); all, where the code drew nobody by this source."""
-        last, self._last = self._last, None
-        return last if last is not None and len(last) == num else np.ones(num, np.bool_)
-
-    def normal(self, size: "Shape", stddev: float) -> "NDArray[np.float64]":
-        return self._noise.normal(size, stddev)
-
-    def bernoulli(self, num: int, rate: float) -> "NDArray[np.bool_]":
-        self._last = self._noise.bernoulli(num, rate)
-        return self._last
-
-    def words(self, num: int) -> "NDArray[np.uint64]":
-        return self._noise.words(num)
-
-
-class _Silence:
-    """No noise, and everybody drawn: for the clipping alone, on a table that is thrown away."""
-
-    def normal(self, size: "Shape", stddev: float) -> "NDArray[np.float64]":
-        del stddev
-        return np.zeros(size)
-
-    def bernoulli(self, num: int, rate: float) -> "NDArray[np.bool_]":
-        del rate
-        return np.ones(num, np.bool_)
-
-    def words(self, num: int) -> "NDArray[np.uint64]":
-        return np.zeros(num, np.uint64)
