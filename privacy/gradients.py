@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedfin.errors import PrivacyParameterError, TrainingError
 from fedfin.privacy.bookkeeping import Blocks, Book
+from fedfin.privacy.probing import require_loans_apart
 from fedfin.privacy.recording import Recorder, spans_of, unrecorded_layers
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _SMALLEST_BOUND = 1e-8  # squares of float32 values are exact enough beside the square of this, and not below
 _LARGEST_SQUARE = 1e30
+_NO_BOUND = 1e100
 
 
 class SlowGradientWarning(UserWarning):
@@ -85,6 +87,7 @@ class PerLoanGradients:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         others = unrecorded_layers(module)
         self._backend: Recorder | _Hooked = _Hooked(module, others) if others else Recorder(module)
+        self._is_known = isinstance(self._backend, Recorder) and self._backend.is_plain_sequence
 
     @property
     def size(self) -> int:
@@ -111,6 +114,14 @@ class PerLoanGradients:
         """
         _require_positive("privacy.clipping_bound", clipping_bound)
         _require_finite(loans, labels)
+        if not self._is_known:
+            require_loans_apart(self._unclipped_sum, self._whole_gradient(), loans.shape[1])
+            self._is_known = True
+        return self._sum(loans, labels, clipping_bound)
+
+    def _sum(
+        self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]", clipping_bound: float
+    ) -> "NDArray[np.float64]":
         if len(loans) == 0:
             return np.zeros(self._size)
         targets = torch.from_numpy(np.asarray(labels, dtype=np.float64))
@@ -119,8 +130,28 @@ class PerLoanGradients:
             lambda logits: self._output_gradients(logits, targets),
             self._require_unused,
         )
-        with torch.no_grad():
+        # a loan may overflow without a word, see _add_in_float64
+        with torch.no_grad(), np.errstate(over="ignore", invalid="ignore"):
             return _clip_and_sum(books, len(loans), clipping_bound, self._size)
+
+    def _unclipped_sum(
+        self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]"
+    ) -> "NDArray[np.float64]":
+        return self._sum(loans, labels, _NO_BOUND)
+
+    def _whole_gradient(
+        self,
+    ) -> "Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float64]] | None":
+        """Return the gradient that Opacus' hooks must see whole; the recorder makes sure of that in every batch."""
+        backend = self._backend
+        if isinstance(backend, Recorder):
+            return None
+
+        def whole(loans: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> "NDArray[np.float64]":
+            self._unclipped_sum(loans, labels)
+            return backend.last_gradient
+
+        return whole
 
     def _output_gradients(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the gradient of each loan's loss by its logits, in float64 until the last: sigmoids saturate."""
@@ -258,7 +289,7 @@ class _Hooked:
         self,
         loans: Tensor,
         output_gradients: Callable[[Tensor], Tensor],
-        require_unused: Callable[[tuple[Tensor | None, ...]], None],  # noqa: ARG002  (see _probe)
+        require_unused: Callable[[tuple[Tensor | None, ...]], None],  # noqa: ARG002  # hooks cannot tell
     ) -> list[Book]:
         kept = [(parameter, parameter.grad) for parameter in self._spans]
         for parameter in self._spans:
@@ -268,10 +299,14 @@ class _Hooked:
             warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
             logits = self._hooked(loans)
             logits.backward(output_gradients(logits))
+        self.last_gradient = np.zeros(sum(parameter.numel() for parameter in self._spans))
+        for parameter, span in self._spans.items():
+            if parameter.grad is not None:
+                self.last_gradient[span] = parameter.grad.reshape(-1).numpy()
         blocks = [
             (span, parameter.grad_sample.reshape(len(loans), -1))  # type: ignore[attr-defined]  # set by Opacus' hooks
             for parameter, span in self._spans.items()
-            if parameter.grad_sample is not None  # type: ignore[attr-defined]
+            if getattr(parameter, "grad_sample", None) is not None
         ]
         for parameter, gradient in kept:
             parameter.grad = gradient

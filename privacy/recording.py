@@ -64,6 +64,11 @@ class Recorder:
         }
         self._chain = self._chain_of(module)
 
+    @property
+    def is_plain_sequence(self) -> bool:
+        """Whether the module is nothing but a sequence of known layers, none of which can mix loans."""
+        return self._chain is not None
+
     def books(
         self,
         loans: Tensor,

@@ -41,6 +41,7 @@ TORCH_DOORS = {
     "credit/export",
     "privacy/bookkeeping",
     "privacy/gradients",
+    "privacy/probing",
     "privacy/recording",
     "privacy/canaries",
     "client/training",
