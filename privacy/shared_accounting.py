@@ -1,36 +1,26 @@
-"""What a job costs whose noise comes in shares, and the noise that makes a plan's epsilon true.
+"""A job of mode `shared`: what its lenders add up, under which events, and the noise that makes its epsilon true.
 
-One sum a round is published. The figures are those of the same rounds with continuous noise of the planned shares'
-variance (`fedfin.privacy.accounting`), plus what the lattice may add: the claim of `fedfin.privacy.shared_events`.
+One sum a round is published. `fedfin.privacy.accounting` gives the figures of its events: those of the same rounds
+with continuous noise of the planned shares' variance, plus what the lattice may add, by the claim of
+`fedfin.privacy.shared_events`.
 """
-# pyright: reportMissingTypeStubs=false
-# dp_accounting ships no types
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-
-from dp_accounting import dp_event
-from dp_accounting.pld import PLDAccountant
 
 from fedfin.errors import PrivacyParameterError
 from fedfin.plan import JobPlan, PrivacyPlan
-from fedfin.privacy.accounting import CalibratedNoise, GaussianEvent, calibrate, epsilon_pld, epsilon_rdp
+from fedfin.privacy.accounting import CalibratedNoise, calibrate, epsilon_rdp
+from fedfin.privacy.events import gap_of
 from fedfin.privacy.shared_events import SharedNoiseEvent, shared_event
 from fedfin.privacy.shares import Cohort, ShareScheme, SumShape, make_scheme
 
 __all__ = [
     "SharedSums",
     "calibrate_shared",
-    "shared_borrower_epsilon",
-    "shared_epsilon_pld",
-    "shared_epsilon_rdp",
     "shared_events",
     "shared_sums",
 ]
-
-_LARGEST_EPSILON = 150.0  # beyond the largest plan; larger ones are inf
-_PLD_INTERVAL = 1e-3  # of a mixture of Gaussians, which takes ten times the time at 1e-4; upwards, so sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,67 +95,6 @@ def shared_events(
     return shared_event(histogram), shared_event(gradient, sample_rate=sample_rate, count=num_rounds)
 
 
-def shared_epsilon_rdp(events: Sequence[SharedNoiseEvent], delta: float) -> float:
-    """Return epsilon of the composition by Renyi differential privacy, the figure that limits hold.
-
-    Args:
-        events: Sums, in any order.
-        delta: In (0, 1).
-
-    Returns:
-        Epsilon, an upper bound; 0.0 without events; inf above 150, or where the lattice takes all of delta.
-
-    Raises:
-        PrivacyParameterError: `delta` is out of range.
-    """
-    return _with_gaps(epsilon_rdp, events, delta)
-
-
-def shared_epsilon_pld(events: Sequence[SharedNoiseEvent], delta: float) -> float:
-    """Return epsilon of the composition by privacy loss distributions; as `shared_epsilon_rdp`, tighter."""
-    return _with_gaps(epsilon_pld, events, delta)
-
-
-def shared_borrower_epsilon(events: Sequence[SharedNoiseEvent], delta: float, *, num_lenders: int) -> float:
-    """Return the PLD epsilon of a borrower with one loan at each of `num_lenders` lenders of the cohort.
-
-    The loans meet in the same sum under the same noise: it moves by one sensitivity for each of them that was
-    sampled. A mixture of Gaussians, with chances of a binomial distribution.
-
-    Args:
-        events: The job's sums; all lenders have the same sample rate.
-        delta: In (0, 1).
-        num_lenders: Lenders that know the borrower; >= 1.
-
-    Raises:
-        PrivacyParameterError: As `shared_epsilon_pld`, or `num_lenders` is below 1.
-
-    Source: Choquette-Choo, Ganesh, Steinke & Thakurta 2023, "Privacy amplification for matrix mechanisms"
-    (arXiv:2310.15526): vectors of at most these lengths, whatever their directions, are dominated by this mixture.
-    """
-    if num_lenders < 1:
-        msg = f"num_lenders is {num_lenders}; a borrower is known to at least 1 lender"
-        raise PrivacyParameterError(msg)
-
-    def mixture_epsilon(gaussians: Sequence[GaussianEvent], own_delta: float) -> float:
-        accountant = PLDAccountant(value_discretization_interval=_PLD_INTERVAL)
-        for event in gaussians:
-            rate = event.sample_rate
-            chances = [
-                math.comb(num_lenders, known) * rate**known * (1.0 - rate) ** (num_lenders - known)
-                for known in range(num_lenders + 1)
-            ]
-            if rate == 1.0:
-                release = dp_event.GaussianDpEvent(event.noise_multiplier / num_lenders)
-            else:
-                shifts = [float(known) for known in range(num_lenders + 1)]
-                release = dp_event.MixtureOfGaussiansDpEvent(event.noise_multiplier, shifts, chances)
-            accountant.compose(release, event.count)
-        return float(accountant.get_epsilon(own_delta))
-
-    return _with_gaps(mixture_epsilon, events, delta)
-
-
 def calibrate_shared(
     plan: PrivacyPlan, sums: SharedSums, *, sample_rate: float, num_rounds: int
 ) -> CalibratedNoise:
@@ -192,43 +121,16 @@ def calibrate_shared(
     # The lattice's gap, taken at the noise without it, is the larger one: more noise, finer lattice.
     noise = calibrate(local, sample_rate=sample_rate, num_steps=num_rounds)
     events = shared_events(noise, sums, sample_rate=sample_rate, num_rounds=num_rounds)
-    eta, zeta = _gaps(events)
-    spare = _spare_delta(eta, zeta)
-    if 2.0 * eta > 0.2 * plan.epsilon or spare > 0.5 * plan.delta:
+    gap = gap_of(events)
+    epsilon, delta = gap.continuous(plan.epsilon), gap.delta_left(plan.delta)
+    if epsilon < 0.8 * plan.epsilon or delta < 0.5 * plan.delta:
         msg = (
-            f"the lattice would cost {2.0 * eta:.2g} of privacy.epsilon {plan.epsilon:g} and {spare:.2g} of delta;"
-            " lower training.weight_cap or take a smaller model, so that it can be finer"
+            f"the lattice would leave {epsilon:.2g} of privacy.epsilon {plan.epsilon:g} and {max(delta, 0.0):.2g} of"
+            f" privacy.delta {plan.delta:g}; lower training.weight_cap or take a smaller model, so that it can be finer"
         )
         raise PrivacyParameterError(msg)
-    inner = local.model_copy(
-        update={"epsilon": plan.epsilon - 2.0 * eta, "delta": math.exp(-eta) * (plan.delta - spare)}
-    )
+    inner = local.model_copy(update={"epsilon": epsilon, "delta": delta})
     noise = calibrate(inner, sample_rate=sample_rate, num_steps=num_rounds)
     events = shared_events(noise, sums, sample_rate=sample_rate, num_rounds=num_rounds)
-    assert shared_epsilon_rdp(events, plan.delta) <= plan.epsilon  # noqa: S101  (our bug, not the caller's)
+    assert epsilon_rdp(events, plan.delta) <= plan.epsilon  # noqa: S101  (our bug, not the caller's)
     return noise
-
-
-def _gaps(events: Sequence[SharedNoiseEvent]) -> tuple[float, float]:
-    """Return H and D of the claim."""
-    gaps = [(event.count, *event.round_gap) for event in events]
-    return sum(count * eta for count, eta, _ in gaps), sum(count * zeta for count, _, zeta in gaps)
-
-
-def _spare_delta(eta: float, zeta: float) -> float:
-    """Return what the lattice takes of delta, for any epsilon up to `_LARGEST_EPSILON`."""
-    return zeta * (1.0 + math.exp(eta + _LARGEST_EPSILON)) if eta <= 1.0 else math.inf
-
-
-def _with_gaps(
-    epsilon_of: Callable[[Sequence[GaussianEvent], float], float],
-    events: Sequence[SharedNoiseEvent],
-    delta: float,
-) -> float:
-    """Return the claim's epsilon at delta, from the function that accounts for the continuous rounds."""
-    eta, zeta = _gaps(events)
-    left = math.exp(-eta) * (delta - _spare_delta(eta, zeta)) if events else delta
-    if left <= 0.0 < delta:
-        return math.inf
-    epsilon = epsilon_of([event.gaussian for event in events], left)
-    return epsilon + 2.0 * eta if epsilon <= _LARGEST_EPSILON else math.inf

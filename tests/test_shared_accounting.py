@@ -9,12 +9,9 @@ from scipy import stats
 
 from fedfin.errors import PrivacyParameterError
 from fedfin.plan import JobPlan, PrivacyPlan
-from fedfin.privacy.accounting import GaussianEvent, calibrate, epsilon_pld, epsilon_rdp
+from fedfin.privacy.accounting import GaussianEvent, borrower_epsilon, calibrate, epsilon_pld, epsilon_rdp
 from fedfin.privacy.shared_accounting import (
     calibrate_shared,
-    shared_borrower_epsilon,
-    shared_epsilon_pld,
-    shared_epsilon_rdp,
     shared_events,
     shared_sums,
 )
@@ -70,7 +67,7 @@ def test_the_figure_is_above_the_exact_one_by_little_more_than_the_lattice(sampl
     released = event(
         share_stddev * math.sqrt(num_shares) / shift, sample_rate, rounds, 1, share_stddev, num_shares
     )
-    figure = shared_epsilon_pld([released], DELTA)
+    figure = epsilon_pld([released], DELTA)
     assert exact_delta(without, with_loan, rounds, figure) <= DELTA
     slack = 2 * rounds * released.round_gap[0]
     assert 0.0 < slack < 0.02
@@ -86,7 +83,7 @@ def test_without_sampling_the_figure_agrees_with_googles_discrete_gaussian(count
     )
     their_epsilon = theirs.self_compose(count).get_epsilon_for_delta(DELTA)
     released = event(share_stddev * math.sqrt(num_shares) / sensitivity, 1.0, count, 1, share_stddev, 4)
-    ours = shared_epsilon_pld([released], DELTA)
+    ours = epsilon_pld([released], DELTA)
     # theirs is an upper bound too, of the grid's 1e-4 a release
     assert their_epsilon - 1e-4 * count <= ours <= 1.005 * their_epsilon + 2 * count * released.round_gap[0]
 
@@ -128,27 +125,27 @@ def test_a_cohorts_gap_vanishes_on_the_lattice_that_schemes_take():
     released = shared_event(scheme, count=40)
     assert released.num_shares == 46
     gaussian = GaussianEvent(scheme.noise_multiplier, 1.0, 40)
-    for ours, theirs in ((shared_epsilon_pld, epsilon_pld), (shared_epsilon_rdp, epsilon_rdp)):
-        assert 0.0 < ours([released], DELTA) - theirs([gaussian], DELTA) < 1e-6
+    for figure in (epsilon_pld, epsilon_rdp):
+        assert 0.0 < figure([released], DELTA) - figure([gaussian], DELTA) < 1e-6
 
 
 def test_figures_compose_and_never_fall_below_the_continuous_ones():
     coarse = event(4.0, 0.5, 20, 5, 100, 4)
     other = event(30.0, 1.0, 1, 80, 100, 4)
-    both = shared_epsilon_pld([coarse, other], DELTA)
+    both = epsilon_pld([coarse, other], DELTA)
     continuous = epsilon_pld([coarse.gaussian, other.gaussian], DELTA)
     gap = 2 * (20 * coarse.round_gap[0] + other.round_gap[0])
     assert continuous + gap <= both <= 1.01 * continuous + gap
-    assert shared_epsilon_rdp([coarse, other], DELTA) >= both
-    assert shared_epsilon_pld([], DELTA) == shared_epsilon_rdp([], DELTA) == 0.0
+    assert epsilon_rdp([coarse, other], DELTA) >= both
+    assert epsilon_pld([], DELTA) == epsilon_rdp([], DELTA) == 0.0
 
 
 def test_a_gap_that_takes_all_of_delta_or_an_epsilon_beyond_all_plans_is_no_protection():
     coarse = event(4.0, 1.0, 1000, 1, 15, 1)
     assert coarse.round_gap[0] < 0.5
-    assert shared_epsilon_pld([coarse], DELTA) == math.inf
-    assert shared_epsilon_pld([event(0.05)], DELTA) == math.inf
-    assert shared_epsilon_pld([event()], 1e-90) == math.inf
+    assert epsilon_pld([coarse], DELTA) == math.inf
+    assert epsilon_pld([event(0.05)], DELTA) == math.inf
+    assert epsilon_pld([event()], 1e-90) == math.inf
 
 
 # Borrowers known to several lenders
@@ -156,10 +153,10 @@ def test_a_gap_that_takes_all_of_delta_or_an_epsilon_beyond_all_plans_is_no_prot
 
 def test_a_borrowers_loans_meet_under_one_noise():
     released = event(6.0, 1.0, 5)
-    one, two = (shared_borrower_epsilon([released], DELTA, num_lenders=known) for known in (1, 2))
-    assert one == pytest.approx(shared_epsilon_pld([released], DELTA), rel=1e-3)
+    one, two = (borrower_epsilon([released], DELTA, num_lenders=known) for known in (1, 2))
+    assert one == pytest.approx(epsilon_pld([released], DELTA), rel=1e-3)
     doubled = event(3.0, 1.0, 5)
-    assert two == pytest.approx(shared_epsilon_pld([doubled], DELTA), rel=1e-3)
+    assert two == pytest.approx(epsilon_pld([doubled], DELTA), rel=1e-3)
 
 
 def test_a_sampled_borrower_costs_what_the_mixture_of_gaussians_costs():
@@ -171,17 +168,17 @@ def test_a_sampled_borrower_costs_what_the_mixture_of_gaussians_costs():
     weights = {0: (1 - rate) ** 2, shift: 2 * rate * (1 - rate), 2 * shift: rate**2}
     with_loans = sum(weight * np.roll(without, by) for by, weight in weights.items())
     released = event(stddev / shift, rate, 1, 1, stddev, 1)
-    figure = shared_borrower_epsilon([released], DELTA, num_lenders=2)
+    figure = borrower_epsilon([released], DELTA, num_lenders=2)
     assert exact_delta(without, with_loans, 1, figure) <= DELTA
     slack = 2 * released.round_gap[0]
     assert exact_delta(without, with_loans, 1, 0.99 * (figure - slack)) > DELTA
-    alone = shared_epsilon_pld([released], DELTA)
+    alone = epsilon_pld([released], DELTA)
     assert alone < figure
 
 
 def test_a_borrower_known_to_nobody_is_refused():
     with pytest.raises(PrivacyParameterError, match="known to at least 1 lender"):
-        shared_borrower_epsilon([event()], DELTA, num_lenders=0)
+        borrower_epsilon([event()], DELTA, num_lenders=0)
 
 
 # Plans
@@ -221,10 +218,10 @@ def test_a_plan_is_met_and_hardly_more_than_met(sample_rate, epsilon):
     job = plan(2, 2, epsilon, sample_rate=sample_rate)
     noise = calibrated(job)
     released = shared_events(noise, sums(job), sample_rate=sample_rate, num_rounds=20)
-    assert 0.99 * epsilon <= shared_epsilon_rdp(released, DELTA) <= epsilon
+    assert 0.99 * epsilon <= epsilon_rdp(released, DELTA) <= epsilon
     assert [one.sampler for one in released] == ["none", "poisson" if sample_rate < 1 else "none"]
-    assert shared_epsilon_pld(released[:1], DELTA) <= job.privacy.bins_share * epsilon
-    assert shared_epsilon_pld(released, DELTA) <= epsilon
+    assert epsilon_pld(released[:1], DELTA) <= job.privacy.bins_share * epsilon
+    assert epsilon_pld(released, DELTA) <= epsilon
 
 
 def test_the_published_noise_is_that_of_a_trusted_central_run():
