@@ -6,8 +6,10 @@ from typing import Any
 
 from fedfin.client.evaluation import EVALUATION_FILE
 from fedfin.client.folder import LenderFolder
-from fedfin.errors import ConfigError
+from fedfin.config import LenderPolicy
+from fedfin.errors import BudgetSpentError, ConfigError
 from fedfin.privacy.accounting import borrower_epsilons
+from fedfin.privacy.ledger import Ledger
 
 __all__ = ["release_job", "status_of"]
 
@@ -27,7 +29,6 @@ def status_of(config_path: Path) -> dict[str, Any]:
         with folder.ledger() as ledger:
             for snapshot in ledger.snapshots():
                 spent, held = ledger.spent(snapshot, delta), ledger.held(snapshot, delta)
-                budget = ledger.budget(snapshot, epsilon_limit=policy.epsilon_limit, max_delta=delta)
                 snapshots.append(
                     {
                         "snapshot": snapshot,
@@ -39,14 +40,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
                         "together_rdp": held.epsilon_rdp,
                         "together_pld": held.epsilon_pld,
                         "borrower_pld": borrower_epsilons(spent.events, delta),
-                        "filter": {
-                            "order": budget.account.order,
-                            "delta": budget.account.delta,
-                            "epsilon": budget.epsilon,
-                            "share_spent": budget.share(budget.spent),
-                            "share_reserved": budget.share(budget.reserved),
-                        },
-                        "others": list(budget.others),
+                        "filter": _filter_of(ledger, snapshot, policy),
                     }
                 )
     models: list[dict[str, Any]] = []
@@ -74,6 +68,24 @@ def status_of(config_path: Path) -> dict[str, Any]:
         "epsilon_limit": policy.epsilon_limit,
         "snapshots": snapshots,
         "models": models,
+    }
+
+
+def _filter_of(ledger: Ledger, snapshot: str, policy: LenderPolicy) -> dict[str, Any] | None:
+    """Return how the limit stands for a snapshot's loans; None where it admits nothing at all."""
+    try:
+        budget = ledger.budget(snapshot, epsilon_limit=policy.epsilon_limit, max_delta=policy.max_delta)
+    except BudgetSpentError:
+        return None
+    if budget.capacity <= 0.0:
+        return None
+    return {
+        "order": budget.account.order,
+        "delta": budget.account.delta,
+        "epsilon": budget.epsilon,
+        "share_spent": budget.share(budget.spent),
+        "share_reserved": budget.share(budget.reserved),
+        "other_snapshots": list(budget.others),
     }
 
 

@@ -207,11 +207,26 @@ def _counts(column: Any) -> tuple[int, ...]:  # noqa: ANN401  (as above)
 def _show_status(document: dict[str, Any]) -> None:
     say(f"{document['name']} in {document['federation']}, coordinator {document['coordinator']}")
     for snapshot in document["snapshots"]:
+        held = snapshot["filter"]
+        used = (
+            "the limit admits nothing"
+            if held is None
+            else f"{held['share_spent']:.1%} of the limit is spent and {held['share_reserved']:.1%} reserved (Renyi"
+            f" filter of order {held['order']:g} at delta {held['delta']:g}"
+            + (
+                f", with {len(held['other_snapshots'])} other tables of these loans"
+                if held["other_snapshots"]
+                else ""
+            )
+            + ")"
+        )
+        _, two, three = snapshot["borrower_pld"]
         say(
-            f"budget of loans {snapshot['snapshot'][:12]}: epsilon {snapshot['epsilon_rdp']:.3f} spent"
-            f" ({snapshot['epsilon_pld']:.3f} by the tighter PLD), {snapshot['together_rdp']:.3f} of"
-            f" {document['epsilon_limit']:g} with what is reserved; by RDP, at delta {snapshot['delta']:g},"
-            " neighbours differ by one loan added or removed"
+            f"budget of loans {snapshot['snapshot'][:12]}, epsilon limit {document['epsilon_limit']:g}: {used}; spent"
+            f" so far: epsilon {snapshot['epsilon_pld']:.3f} by PLD ({snapshot['epsilon_rdp']:.3f} by RDP), and"
+            f" {snapshot['together_pld']:.3f} ({snapshot['together_rdp']:.3f}) with what is reserved, at delta"
+            f" {snapshot['delta']:g}, for one loan added or removed; a borrower with a loan at 2 | 3 lenders:"
+            f" {two:.3f} | {three:.3f} by PLD"
         )
     jobs = [[job["job"], job["mode"], "going on" if job["open"] else "over"] for job in document["jobs"]]
     print_table("jobs", ["job", "privacy", "state"], jobs)

@@ -3,7 +3,7 @@
 Feldman & Zrnic 2021, "Individual privacy accounting via a Renyi filter": at one Renyi order, fixed beforehand, the
 divergences of releases may be added up and held against a bound although each release's noise was chosen after
 seeing the earlier ones. The order of an account is the one at which its first job takes the least of the limit: that
-job is known before anything of these loans has left, so the choice depends on no release (docs/decisions/0007).
+job is known before anything of these loans has left, so the choice depends on no release (docs/decisions/0013).
 """
 
 import math

@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from lenders import JOB, PLAN, lender_folder, open_lender, proposal, schema, train_request
+from typer.testing import CliRunner
 
+from fedfin.cli import app
 from fedfin.errors import DataError, LedgerError, LinkError
 from fedfin.plan import ModelPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy.ledger import Ledger
@@ -357,6 +360,57 @@ def test_a_job_released_by_hand_frees_its_budget_and_is_over_for_good(bank):
     for question in (proposal(), BINS, train_request(histogram, 1)):
         assert "is over" in refusal(restarted, question)
     assert commits(bank) == ["bins"]
+
+
+def test_the_status_shows_every_figure_with_its_delta_and_relation(bank):
+    from fedfin.client.status import status_of
+
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    lender.answer(BINS)
+    lender.close()
+    (shown,) = status_of(bank)["snapshots"]
+    assert (shown["delta"], shown["relation"]) == (1e-5, "add_or_remove_one")
+    assert 0.0 < shown["epsilon_pld"] < shown["epsilon_rdp"] < shown["together_rdp"] <= 2.0
+    assert shown["epsilon_pld"] < shown["together_pld"] < shown["together_rdp"]
+    one, two, three = shown["borrower_pld"]
+    assert one == shown["epsilon_pld"] < two < three
+    limit = shown["filter"]
+    assert (
+        0.0
+        < limit["share_spent"]
+        < limit["share_reserved"]
+        < limit["share_spent"] + limit["share_reserved"]
+        < 1.0
+    )
+    assert (limit["delta"], limit["other_snapshots"]) == (1e-5, [])
+    printed = (
+        CliRunner().invoke(app, ["client", "status", "--config", str(bank)], env={"COLUMNS": "400"}).output
+    )
+    words = " ".join(printed.split())
+    assert (
+        f"{limit['share_spent']:.1%} of the limit is spent and {limit['share_reserved']:.1%} reserved"
+        in words
+    )
+    assert f"Renyi filter of order {limit['order']:g} at delta 1e-05" in words
+    assert f"epsilon {shown['epsilon_pld']:.3f} by PLD ({shown['epsilon_rdp']:.3f} by RDP)" in words
+    assert "for one loan added or removed" in words
+    assert f"at 2 | 3 lenders: {two:.3f} | {three:.3f}" in words
+
+
+def test_a_limit_that_admits_nothing_is_shown_as_such(bank):
+    from fedfin.client.status import status_of
+
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    lender.close()
+    config = yaml.safe_load(bank.read_text())
+    bank.write_text(yaml.safe_dump({**config, "policy": {"epsilon_limit": 0.001}}))
+    assert status_of(bank)["snapshots"][0]["filter"] is None
+    printed = (
+        CliRunner().invoke(app, ["client", "status", "--config", str(bank)], env={"COLUMNS": "400"}).output
+    )
+    assert "the limit admits nothing" in printed
 
 
 def test_looking_at_a_fresh_lender_makes_no_ledger(bank):
