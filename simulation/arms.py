@@ -13,7 +13,6 @@ import numpy as np
 from fedfin.client.alone import LoneModel, train_alone
 from fedfin.client.training import LocalPrivacy, train_locally
 from fedfin.credit.binning import (
-    Bins,
     bins_from_histogram,
     encode,
     histogram,
@@ -22,21 +21,20 @@ from fedfin.credit.binning import (
 )
 from fedfin.credit.metrics import auroc
 from fedfin.credit.models import (
-    Architecture,
     architecture_of,
     encoding_of,
     initial_weights,
     num_parameters,
-    predict,
 )
 from fedfin.plan import JobPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy.accounting import calibrate
 from fedfin.privacy.noise import SimulatedNoise
+from fedfin.simulation.federated import FederatedModel
+from fedfin.simulation.shared import federate_shared
 from fedfin.strategies.fedavg import fedavg
 from fedfin.strategies.strategy import CohortSum, ModelState, lender_weight
 
 if TYPE_CHECKING:
-    import pandas as pd
     from numpy.typing import NDArray
 
     from fedfin.credit.schema import Schema
@@ -53,21 +51,6 @@ __all__ = [
     "take_rows",
     "train_pooled",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class FederatedModel:
-    """What the federation releases: weights and all that gives them a meaning."""
-
-    schema: "Schema"
-    bins: Bins
-    architecture: Architecture
-    weights: "NDArray[np.float32]"
-
-    def predict(self, frame: "pd.DataFrame") -> "NDArray[np.float64]":
-        """Return each loan's probability of default, shape (n,)."""
-        loans = encode(frame, self.schema, self.bins, encoding_of(self.architecture.kind))
-        return predict(self.architecture, self.weights, loans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +106,6 @@ def federate(lenders: "list[Loans]", schema: "Schema", plan: JobPlan, seed: int)
         seed: Draws each lender's batches and noise; two lenders never share a stream.
     """
     if plan.privacy.mode == "shared":
-        from fedfin.simulation.shared import federate_shared  # noqa: PLC0415  (it makes a FederatedModel)
-
         return federate_shared(lenders, schema, plan, seed)
     # any 63 bits: streams of neighbouring seeds must not meet those of neighbouring lenders
     seeds = np.random.SeedSequence(seed).generate_state(len(lenders), np.uint64) >> np.uint64(1)

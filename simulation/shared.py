@@ -36,7 +36,7 @@ from fedfin.privacy.gradients import PerLoanGradients
 from fedfin.privacy.noise import SimulatedNoise
 from fedfin.privacy.shared_accounting import SharedSums, calibrate_shared, shared_sums
 from fedfin.privacy.shares import ShareScheme, add_share, encode_sum, make_scheme, publish
-from fedfin.simulation.arms import FederatedModel
+from fedfin.simulation.federated import FederatedModel
 from fedfin.strategies.fedsgd import fedsgd, start_fedsgd
 from fedfin.strategies.strategy import CohortSum
 
