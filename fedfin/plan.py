@@ -74,7 +74,10 @@ class TrainingPlan(Section):
         ),
     )
     learning_rate: float = Field(
-        default=0.03, gt=0, le=10, description="AdamW's learning rate at the lender."
+        default=0.03,
+        gt=0,
+        le=10,
+        description="AdamW's learning rate, at the lender; in mode shared at the coordinator.",
     )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     proximal: float = Field(
@@ -85,7 +88,12 @@ class TrainingPlan(Section):
         description="A lender's weight in the average: its number of loans, the square root of it, or one for all.",
     )
     weight_cap: int = Field(
-        default=2000, ge=1, description="Loans above this count no further, so that no bank owns the model."
+        default=2000,
+        ge=1,
+        description=(
+            "Loans above this count no further, so that no bank owns the model. In mode shared a lender's sum is"
+            " scaled down to what this many loans could reach."
+        ),
     )
     weight_bucket: int = Field(
         default=50,
