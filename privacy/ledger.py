@@ -11,34 +11,35 @@ those of the loan that has given most.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Self
 
 from fedfin.errors import BudgetSpentError, LedgerError, PrivacyParameterError
 from fedfin.privacy.accounting import epsilon_pld, epsilon_rdp
-from fedfin.privacy.events import Event, Gap, GaussianEvent, gap_of, merge_events
-from fedfin.privacy.filter import Account, capacity, divergence, filter_epsilon, open_account
+from fedfin.privacy.books import (
+    Books,
+    Budget,
+    Spent,
+    committed,
+    count_events,
+    held,
+    is_over,
+    left_of,
+    not_committed,
+    worst,
+)
+from fedfin.privacy.events import Event, merge_events
+from fedfin.privacy.filter import Account
 from fedfin.privacy.ledger_file import Entry, LedgerFile, Stage
 from fedfin.privacy.overlap import memberships
 from fedfin.privacy.snapshot import Snapshot
 
 __all__ = ["Budget", "Charge", "Entry", "Ledger", "Spent"]
 
-_EventsOf: TypeAlias = Callable[[tuple[Entry, ...]], list[Event]]
-
 _MAX_NAME = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """Events of one loan and what they cost together; the neighbours differ by one loan added or removed."""
-
-    epsilon_pld: float  # the tighter figure, for people
-    epsilon_rdp: float  # the least over all Renyi orders
-    events: tuple[Event, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,42 +49,6 @@ class Charge:
     entry: Entry
     epsilon_pld: float
     epsilon_rdp: float
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How the limit stands for the loan of a snapshot that has the least left.
-
-    Divergences are of the account's Renyi order; they add up, so shares of `capacity` do too.
-    """
-
-    account: Account  # its delta is the lower of the account's own and the lender's present one
-    epsilon_limit: float
-    capacity: float  # what the limit admits; 0 or below: nothing
-    spent: float
-    reserved: float
-    asked: float
-    gap: Gap  # what noise in shares adds to epsilon, of all of these
-    others: tuple[str, ...]  # other snapshots that hold loans of this one and count here; digests
-
-    @property
-    def left(self) -> float:
-        """What neither was spent, nor is reserved, nor asked; below 0 where that passes the limit."""
-        return self.capacity - self.spent - self.reserved - self.asked
-
-    @property
-    def epsilon(self) -> float:
-        """What is spent, reserved and asked, as the filter's epsilon: the job fits up to `epsilon_limit`."""
-        return filter_epsilon(self.account, self.spent + self.reserved + self.asked, self.gap)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the limit admits what is asked."""
-        return self.epsilon <= self.epsilon_limit
-
-    def share(self, spent: float) -> float:
-        """Return a divergence as a share of the capacity; above 1 (inf) where nothing may be spent."""
-        return spent / self.capacity if self.capacity > 0.0 else float("inf")
 
 
 class Ledger:
@@ -153,7 +118,7 @@ class Ledger:
             if job and (job[0].snapshot, job[0].events, job[0].delta) != (snapshot.digest, asked, delta):
                 msg = f"job {job_id} is already reserved in {self._path} with other content; give this job its own id"
                 raise LedgerError(msg)
-            if _is_over(job):
+            if is_over(job):
                 msg = f"job {job_id} is over in {self._path}; give the new job its own id"
                 raise LedgerError(msg)
             books = self._books(snapshot, without=job_id)
@@ -199,10 +164,10 @@ class Ledger:
                         " release would be a second charge: send the first one again"
                     )
                     raise LedgerError(msg)
-            if _is_over(job):
+            if is_over(job):
                 msg = f"job {job_id} is over, so stage {stage} may not leave; reserve a new job"
                 raise LedgerError(msg)
-            excess = _count(charged) - _left(job)
+            excess = count_events(charged) - left_of(job)
             if excess:
                 msg = (
                     f"stage {stage} of job {job_id} releases more than is left of its reservation (too much:"
@@ -223,7 +188,7 @@ class Ledger:
         """
         with self._file.transaction():
             job = self._file.job(job_id)
-            if job and not _is_over(job):
+            if job and not is_over(job):
                 self._file.append("release", job_id, job[0].snapshot, ())
 
     def committed(self, job_id: str, stage: str) -> str | None:
@@ -244,15 +209,15 @@ class Ledger:
         Returns:
             Zero where none of these loans was ever used. `events` are those of the loan that is worst by RDP.
         """
-        return _worst(self._books(snapshot).per_loan(_committed), delta)
+        return worst(self._books(snapshot).per_loan(committed), delta)
 
     def reserved(self, snapshot: Snapshot | str, delta: float) -> Spent:
         """Return what open jobs still hold of a snapshot's loans beyond what they have committed, as `spent`."""
-        return _worst(self._books(snapshot).per_loan(_uncommitted), delta)
+        return worst(self._books(snapshot).per_loan(not_committed), delta)
 
     def held(self, snapshot: Snapshot | str, delta: float) -> Spent:
         """Return what has left or is reserved of a snapshot's loans, as `spent`."""
-        return _worst(self._books(snapshot).per_loan(_held), delta)
+        return worst(self._books(snapshot).per_loan(held), delta)
 
     def budget(
         self,
@@ -283,7 +248,7 @@ class Ledger:
         books = self._books(snapshot)
         worst = max(
             books.loans,
-            key=lambda loan: epsilon_rdp(_committed(books.entries_of(loan)), delta),
+            key=lambda loan: epsilon_rdp(committed(books.entries_of(loan)), delta),
         )
         charges: list[Charge] = []
         total: tuple[Event, ...] = ()
@@ -305,81 +270,14 @@ class Ledger:
         """Return the snapshots with entries, oldest first."""
         return tuple(dict.fromkeys(entry.snapshot for entry in self.entries()))
 
-    def _books(self, snapshot: Snapshot | str, *, without: str = "") -> "_Books":
+    def _books(self, snapshot: Snapshot | str, *, without: str = "") -> Books:
         digest = snapshot if isinstance(snapshot, str) else snapshot.digest
         entries = tuple(entry for entry in self._file.all_entries() if entry.job_id != without)
         names = [digest, *(entry.snapshot for entry in entries)]
         known = {name: self._file.snapshot(name) for name in dict.fromkeys(names)}
         if isinstance(snapshot, Snapshot):
             known[digest] = snapshot
-        return _Books(digest, entries, self._file.accounts(), memberships(digest, known))
-
-
-@dataclass(frozen=True, slots=True)
-class _Books:
-    """All that is recorded, seen from one snapshot."""
-
-    snapshot: str
-    entries: tuple[Entry, ...]
-    accounts: Mapping[str, Account]  # oldest first
-    loans: tuple[frozenset[str], ...]  # the snapshots that each kind of this snapshot's loans are in
-
-    @property
-    def own_account(self) -> Account | None:
-        return self.accounts.get(self.snapshot)
-
-    @property
-    def overlapping(self) -> frozenset[str]:
-        return frozenset().union(*self.loans) - {self.snapshot}
-
-    def entries_of(self, loan: frozenset[str]) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self.entries if entry.snapshot in loan)
-
-    def per_loan(self, events_of: _EventsOf) -> set[tuple[Event, ...]]:
-        return {merge_events(events_of(self.entries_of(loan))) for loan in self.loans}
-
-    def account(self, asked: tuple[Event, ...], epsilon_limit: float, max_delta: float) -> Account:
-        """Return the snapshot's account: its own, that of the oldest snapshot it meets, or a new one.
-
-        The order of a new one depends on the first job alone, which was known before anything left.
-        """
-        if not epsilon_limit > 0.0:
-            msg = f"policy.epsilon_limit is {epsilon_limit}; it must be above 0"
-            raise PrivacyParameterError(msg)
-        met = {self.snapshot, *self.overlapping}
-        for account in (self.own_account, *(self.accounts[name] for name in self.accounts if name in met)):
-            if account is not None:
-                return account
-        # only entries of version 1 are older than the account of their snapshot
-        first = (entry.events for entry in self.entries if entry.kind == "reserve" and entry.snapshot in met)
-        return open_account(next(first, asked) or (GaussianEvent(1.0),), epsilon_limit, max_delta)
-
-    def budget(
-        self, account: Account, asked: tuple[Event, ...], epsilon_limit: float, max_delta: float
-    ) -> Budget:
-        """Return the budget of the loan with the least left, at each of the accounts it is held to."""
-        budgets: list[Budget] = []
-        for loan in self.loans:
-            entries = self.entries_of(loan)
-            accounts = {account, *(self.accounts[name] for name in loan if name in self.accounts)}
-            for own in accounts:
-                held = replace(own, delta=min(own.delta, max_delta))
-                gap = gap_of([*_held(entries), *asked])
-                budgets.append(
-                    Budget(
-                        account=held,
-                        epsilon_limit=epsilon_limit,
-                        capacity=capacity(held, epsilon_limit, gap),
-                        spent=divergence(_committed(entries), own.order),
-                        reserved=divergence(_uncommitted(entries), own.order),
-                        asked=divergence(asked, own.order),
-                        gap=gap,
-                        others=tuple(
-                            dict.fromkeys(e.snapshot for e in entries if e.snapshot != self.snapshot)
-                        ),
-                    )
-                )
-        return min(budgets, key=lambda budget: (budget.fits, -budget.share(budget.capacity - budget.left)))
+        return Books(digest, entries, self._file.accounts(), memberships(digest, known))
 
 
 def _check_names(**names: str) -> None:
@@ -395,54 +293,6 @@ def _some(events: Sequence[Event]) -> tuple[Event, ...]:
         msg = "no events were given; a release without an event has no privacy to record: state what it costs"
         raise PrivacyParameterError(msg)
     return merged
-
-
-def _by_job(entries: Iterable[Entry]) -> list[tuple[Entry, ...]]:
-    jobs: dict[str, list[Entry]] = {}
-    for entry in entries:
-        jobs.setdefault(entry.job_id, []).append(entry)
-    return [tuple(job) for job in jobs.values()]
-
-
-def _is_over(job: Sequence[Entry]) -> bool:
-    return any(entry.kind == "release" for entry in job)
-
-
-def _count(events: Iterable[Event]) -> Counter[Event]:
-    counts: Counter[Event] = Counter()
-    for event in events:
-        counts[replace(event, count=1)] += event.count
-    return counts
-
-
-def _left(job: Sequence[Entry]) -> Counter[Event]:
-    """Return what a job's reservation holds beyond its commitments."""
-    return _count(job[0].events) - _count(_committed(job))
-
-
-def _committed(entries: Iterable[Entry]) -> list[Event]:
-    return [event for entry in entries if entry.kind == "commit" for event in entry.events]
-
-
-def _uncommitted(entries: Iterable[Entry]) -> list[Event]:
-    """Return what open jobs hold beyond what they have committed."""
-    return [
-        replace(kind, count=count)
-        for job in _by_job(entries)
-        if not _is_over(job)
-        for kind, count in _left(job).items()
-    ]
-
-
-def _held(entries: tuple[Entry, ...]) -> list[Event]:
-    """Return what counts against the limit: an open job whole, a finished one as far as it committed."""
-    return [*_committed(entries), *_uncommitted(entries)]
-
-
-def _worst(spends: Iterable[tuple[Event, ...]], delta: float) -> Spent:
-    figures = [Spent(epsilon_pld(events, delta), epsilon_rdp(events, delta), events) for events in spends]
-    worst = max(figures, key=lambda spent: spent.epsilon_rdp)
-    return replace(worst, epsilon_pld=max(spent.epsilon_pld for spent in figures))
 
 
 def _refusal(job_id: str, snapshot: Snapshot, budget: Budget) -> str:

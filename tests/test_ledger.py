@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fedfin.errors import BudgetSpentError, DataError, LedgerError, PrivacyParameterError
 from fedfin.privacy.accounting import GaussianEvent, epsilon_pld, epsilon_rdp
 from fedfin.privacy.events import SharedNoiseEvent
-from fedfin.privacy.filter import Account
+from fedfin.privacy.filter import Account, divergence, filter_epsilon, open_account
 from fedfin.privacy.ledger import Ledger, Spent
 from fedfin.privacy.overlap import memberships
 from fedfin.privacy.snapshot import Snapshot, snapshot_of
@@ -410,6 +410,19 @@ def test_a_table_that_meets_two_accounts_is_held_to_both(ledger):
     assert (budget.account.order, budget.spent) == (fine, 0.0)
     # the loan in "coarse" gave more, and at the order of "fine" that weighs more still
     assert budget.reserved == pytest.approx(fine / 2)
+
+
+def test_the_order_is_not_chosen_anew_to_let_a_job_in(ledger):
+    """A later job of another kind that the least over all orders would admit is refused at the account's order."""
+    sampled = GaussianEvent(0.9, 0.01, 500)
+    reserve(ledger, "job-1", events=[GaussianEvent(4.0)], limit=8.0)
+    limit = 1.001 * epsilon_rdp([GaussianEvent(4.0), sampled], DELTA)
+    order = ledger.account(SNAPSHOT).order
+    lone = open_account([GaussianEvent(4.0), sampled], limit, DELTA)
+    assert lone.order != order
+    assert filter_epsilon(lone, divergence([GaussianEvent(4.0), sampled], lone.order)) <= limit
+    with pytest.raises(BudgetSpentError, match=f"RDP of order {order:g}"):
+        reserve(ledger, "job-2", events=[sampled], limit=limit)
 
 
 def test_shares_of_the_limit_add_up_over_jobs(ledger):
