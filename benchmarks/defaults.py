@@ -2,13 +2,14 @@
 
 The defaults were tuned on one table, the demo's (docs/decisions/0009-defaults-of-the-plan.md). Here every candidate
 changes one of them; each is trained on five real tables (see `real_tables.py`), in one house (`pooled`) and in a
-federation of seven lenders (`federated`), with the bins charged. Two questions for each table:
+federation of seven lenders (`federated`), with the bins charged. Two questions for each table
+and epsilon:
 
 - How far is the default from the best candidate for that very table (`regret_default`)? The best of many is partly
   luck, so that this is an upper estimate.
-- Had the other four tables chosen (the candidate with the best mean gain over the default there, over epsilons and
-  arms), how would their choice have done on the fifth (`gain_chosen`, over the default)? If it does not beat the
-  default, the default needs no change.
+- Had the other four tables chosen (the candidate with the best mean gain over the default there, over both arms), how
+  would their choice have done on the fifth (`gain_chosen`, over the default)? If it does not beat the default, the
+  default needs no change.
 
 The seven lenders of `federated`: four small ones share 15% of the training loans evenly and at random; each other loan
 goes to one of three banks, with odds that grow as exp(3 r), r its rank in the bank's column (the first numeric
@@ -123,31 +124,36 @@ def measure(
 
 
 def regrets(rows: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return for each table what its default lacks, and what the other tables' choice would have gained."""
-    candidates = list(CANDIDATES)
+    """Return for each epsilon and table what the default lacks, and what the other tables' choice would have gained."""
 
-    def gain(candidate: str, name: str) -> float:
-        """Return a candidate's mean gain over the default on one table, over epsilons and arms."""
-        cells = {
-            which: [row[name] for row in rows if row["candidate"] == which]
-            for which in (candidate, "default")
-        }
-        return float(np.mean(cells[candidate]) - np.mean(cells["default"]))
+    def gain(candidate: str, epsilon: float, name: str) -> float:
+        """Return a candidate's mean gain over the default on one table, over the arms."""
+        at = [row for row in rows if row["epsilon"] == epsilon]
+        own, default = (
+            [row[name] for row in at if row["candidate"] == which] for which in (candidate, "default")
+        )
+        return float(np.mean(own) - np.mean(default))
+
+    def best_of(epsilon: float, judges: Sequence[str]) -> str:
+        return max(
+            CANDIDATES, key=lambda candidate: np.mean([gain(candidate, epsilon, name) for name in judges])
+        )
 
     summary = []
-    for name in names:
-        others = [other for other in names if other != name]
-        chosen = max(candidates, key=lambda candidate: np.mean([gain(candidate, other) for other in others]))
-        best = max(candidates, key=lambda candidate: gain(candidate, name))
-        summary.append(
-            {
-                "table": name,
-                "best": best,
-                "regret_default": gain(best, name),
-                "chosen": chosen,
-                "gain_chosen": gain(chosen, name),
-            }
-        )
+    for epsilon in sorted({row["epsilon"] for row in rows}):
+        for name in names:
+            best = best_of(epsilon, [name])
+            chosen = best_of(epsilon, [other for other in names if other != name])
+            summary.append(
+                {
+                    "table": name,
+                    "epsilon": epsilon,
+                    "best": best,
+                    "regret_default": gain(best, epsilon, name),
+                    "chosen": chosen,
+                    "gain_chosen": gain(chosen, epsilon, name),
+                }
+            )
     return summary
 
 
