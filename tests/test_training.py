@@ -11,13 +11,14 @@ from fedfin.client.training import LocalPrivacy, train_locally, train_mlp
 from fedfin.credit.metrics import auroc
 from fedfin.credit.models import Architecture, initial_weights, num_parameters, predict
 from fedfin.errors import SchemaMismatchError, TrainingError
-from fedfin.plan import TrainingPlan
+from fedfin.plan import JobPlan, ModelPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy.noise import SecureNoise, SimulatedNoise
-from fedfin.simulation.arms import take_rows
+from fedfin.simulation.arms import federate, take_rows
 from fedfin.simulation.partition import demo_loans, split_demo
 
 LOGISTIC = Architecture("logistic", 4)
 MLP = Architecture("mlp", 4, (8,))
+ATTENTION = Architecture("attention", 4, (8,), (1, 2, 1))
 PRIVACY = LocalPrivacy(noise_multiplier=1.0, clipping_bound=1.0)
 
 
@@ -40,7 +41,7 @@ def train(architecture, *, privacy=None, noise=None, weights=None, loans=None, *
     )
 
 
-@pytest.mark.parametrize("architecture", [LOGISTIC, MLP])
+@pytest.mark.parametrize("architecture", [LOGISTIC, MLP, ATTENTION])
 @pytest.mark.parametrize("privacy", [None, LocalPrivacy(0.5, 1.0)])
 def test_an_update_added_to_the_weights_predicts_better(architecture, privacy):
     loans, labels = learnable_loans()
@@ -70,6 +71,58 @@ def test_a_full_batch_without_privacy_is_adamw_on_the_mean_loss():
         optimizer.step()
     update = train(LOGISTIC, local_steps=5, learning_rate=0.05, weight_decay=0.1, sample_rate=1.0)
     assert_allclose(update, weights.detach().numpy(), atol=1e-6)
+
+
+class OneHugeDraw:
+    """Every loan in every batch, and noise of thousands where noise is asked for."""
+
+    def normal(self, size, stddev):
+        return np.full(size, 1e3)
+
+    def bernoulli(self, num, rate):
+        return np.ones(num, dtype=bool)
+
+
+@pytest.mark.parametrize("privacy", [None, PRIVACY])
+def test_the_proximal_term_pulls_back_to_the_rounds_weights(privacy):
+    plain = train(MLP, privacy=privacy, local_steps=30, learning_rate=0.05)
+    held = train(MLP, privacy=privacy, local_steps=30, learning_rate=0.05, proximal=10.0)
+    assert np.linalg.norm(held) < 0.5 * np.linalg.norm(plain)
+
+
+def test_the_proximal_term_is_that_of_fedprox():
+    loans, labels = learnable_loans()
+    start = np.full(5, 0.3, np.float32)
+    weights = torch.from_numpy(start.copy()).requires_grad_()
+    optimizer = torch.optim.AdamW([weights], lr=0.05, weight_decay=0.0)
+    for _ in range(6):
+        optimizer.zero_grad()
+        logits = torch.from_numpy(loans) @ weights[:4] + weights[4]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(labels).float())
+        (loss + 0.5 * 2.5 * ((weights - torch.from_numpy(start)) ** 2).sum()).backward()
+        optimizer.step()
+    update = train(LOGISTIC, weights=start, local_steps=6, learning_rate=0.05, sample_rate=1.0, proximal=2.5)
+    assert_allclose(update, weights.detach().numpy() - start, atol=1e-6)
+
+
+def test_the_proximal_term_comes_after_the_noise_and_is_neither_clipped_nor_watched():
+    """What is released of a step is the same with it: at the round's start it is zero, and later no loan is in it."""
+    steps = {}
+    for proximal in (0.0, 100.0):
+        seen = steps[proximal] = []
+        loans, labels = learnable_loans()
+        train_locally(
+            initial_weights(LOGISTIC, 0),
+            np.zeros_like(loans),
+            labels,
+            architecture=LOGISTIC,
+            training=TrainingPlan(local_steps=5, proximal=proximal),
+            privacy=LocalPrivacy(1.0, 1e-6),
+            noise=OneHugeDraw(),
+            watch=seen.append,
+        )
+    assert len(steps[0.0]) == 5
+    assert_allclose(steps[100.0], steps[0.0], rtol=1e-9)
 
 
 def test_a_round_remembers_nothing_of_an_earlier_one():
@@ -122,6 +175,19 @@ def test_an_update_that_is_not_finite_does_not_leave(privacy):
 def test_weights_of_another_model_are_refused():
     with pytest.raises(SchemaMismatchError, match="compare model fingerprints"):
         train(LOGISTIC, weights=np.zeros(99, np.float32))
+
+
+@pytest.mark.parametrize("mode", ["none", "local"])
+def test_attention_trains_in_a_whole_federation(mode):
+    loans, schema = demo_loans()
+    lenders = [take_rows(loans, lender.rows) for lender in split_demo(loans, 0).small_lenders]
+    plan = JobPlan(
+        model=ModelPlan(kind="attention", hidden=(8,)),
+        training=TrainingPlan(rounds=3, learning_rate=0.05),
+        privacy=PrivacyPlan(mode=mode, epsilon=50.0),
+    )
+    model = federate(lenders, schema, plan, seed=0)
+    assert auroc(loans.labels, model.predict(loans.frame)) > 0.68
 
 
 # alone
