@@ -13,7 +13,6 @@ import pytest
 
 import fedfin.client.histograms
 import fedfin.client.twin
-import fedfin.privacy.ledger
 from fedfin.client.audit_report import CONFIDENCE
 from fedfin.client.auditing import AuditSize, audit_job, audit_loans
 from fedfin.client.bins_audit import bins_checks
@@ -23,6 +22,7 @@ from fedfin.credit.models import Architecture
 from fedfin.errors import DataError, PrivacyParameterError
 from fedfin.plan import JobPlan, ModelPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy import accounting
+from fedfin.privacy.ledger import Ledger, Spent
 from fedfin.privacy.noise import SecureNoise, SimulatedNoise
 from fedfin.simulation.partition import demo_loans
 
@@ -149,15 +149,15 @@ def test_the_noise_of_production_passes():
 
 def test_an_accountant_that_forgets_rounds_fails(monkeypatch):
     """Every round accounted afresh: the ledger shows the epsilon of one."""
+    held = Ledger.held
 
-    def one_round(figure):
-        return lambda events, delta: figure(
-            [replace(event, count=min(event.count, 5)) for event in events], delta
+    def of_one_round(self, snapshot, delta):
+        events = tuple(
+            replace(event, count=min(event.count, 5)) for event in held(self, snapshot, delta).events
         )
+        return Spent(accounting.epsilon_pld(events, delta), accounting.epsilon_rdp(events, delta), events)
 
-    for name in ("epsilon_pld", "epsilon_rdp"):
-        figure = one_round(getattr(accounting, name))
-        monkeypatch.setattr(fedfin.privacy.ledger, name, figure)
+    monkeypatch.setattr(Ledger, "held", of_one_round)
     report = audit()
     assert report.claim_rdp < 8.0
     assert report.epsilon_by_steps > report.claim_pld
@@ -171,11 +171,8 @@ def test_noise_calibrated_for_one_round_fails(monkeypatch):
     def for_one_round(privacy, *, sample_rate, num_steps):
         return calibrate(privacy, sample_rate=sample_rate, num_steps=5)
 
-    def claimed(events, delta):
-        return 8.0 if events else 0.0
-
     monkeypatch.setattr(accounting, "calibrate", for_one_round)
-    monkeypatch.setattr(fedfin.privacy.ledger, "epsilon_pld", claimed)
+    monkeypatch.setattr(Ledger, "held", lambda self, snapshot, delta: Spent(8.0, 8.0, ()))
     report = audit()
     assert report.epsilon_by_steps > 8.0
     assert failed(report) == set()
