@@ -204,7 +204,8 @@ class Rows:
 
     def sums(self, factors: Tensor) -> list[Sum]:
         """See `Book`."""
-        weighted = (self.gradients * factors[:, None, None]).flatten(0, 1)
+        # in float64: one row may be everybody's, and index_add_ adds them one after the other
+        weighted = (self.gradients * factors[:, None, None]).flatten(0, 1).double()
         width = weighted.shape[1]
         table = weighted.new_zeros((self.weight.stop - self.weight.start) // width, width)
         return [(self.weight, table.index_add_(0, self.indices.flatten(), weighted))]

@@ -9,7 +9,7 @@ from torch's generator. Here rate, batch and noise are arguments, and an Opacus 
 
 Adding or removing one loan changes a clipped sum by at most the clipping bound (L2), so noise of standard
 deviation `noise_multiplier * clipping_bound` makes the sum a Gaussian mechanism of that noise multiplier. Layers
-compute in float32, so a clipped gradient may pass the bound by rounding; the noise is larger by `ROUNDING` for that.
+compute in float32, so what one loan changes may pass the bound by rounding; `rounding_share` makes the noise larger.
 """
 
 import warnings
@@ -31,26 +31,32 @@ if TYPE_CHECKING:
     from fedfin.privacy.noise import NoiseSource
 
 __all__ = [
-    "ROUNDING",
     "Loss",
     "PerLoanGradients",
     "PrivateEngine",
     "SlowGradientWarning",
     "binary_cross_entropy",
+    "rounding_share",
 ]
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From the logits, as the module gives them but in float64, and the labels in the logits' shape (or (n,), where a
 loan has several logits), float64, to one loss for each loan: shape (n,) or (n, 1)."""
 
-ROUNDING: Final = 1e-5
-"""Share by which the noise is larger than its multiplier asks, so that float32 rounding cannot break the bound."""
-
-_MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_SMALLEST_BOUND = 1e-8  # squares of float32 values are exact enough beside the square of this, and not below
-_LARGEST_SQUARE = 1e30
-_NO_BOUND = 1e100
+_MIXING: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_RANDOM: Final = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_SMALLEST_BOUND: Final = (
+    1e-8  # squares of float32 values are exact enough beside the square of this, and not below
+)
+_LARGEST_SQUARE: Final = 1e30
+_NO_BOUND: Final = 1e100
 
 
 class SlowGradientWarning(UserWarning):
@@ -61,6 +67,20 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return each loan's negative log-likelihood of its label; logits and labels have shape (n,) or (n, 1)."""
     _require_one_logit_each(logits, labels)
     return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+
+def rounding_share(expected_batch_size: float) -> float:
+    """Return the share by which the noise is larger than its multiplier asks, for the rounding of float32.
+
+    A clipping factor is right to a few units in the last place. The sum of n clipped gradients, all at the bound and
+    in one direction, is rounded in the last place of n bounds; with one loan less it is rounded otherwise. With 64,
+    256 and 2048 such loans one loan was measured to change up to 2.4e-6, 4.9e-6 and 4.6e-5 of a bound too much; this
+    is three to six times that. It is no bound for the worst order of additions that could be constructed.
+
+    Args:
+        expected_batch_size: Expected loans of a batch; > 0.
+    """
+    return (8.0 + expected_batch_size) * 2.0**-23
 
 
 class PerLoanGradients:
@@ -252,7 +272,7 @@ class PrivateEngine:
             TrainingError: As `PerLoanGradients.clipped_sum`.
         """
         noisy = self._per_loan.clipped_sum(loans, labels, self.max_grad_norm)
-        stddev = self.noise_multiplier * self.max_grad_norm * (1.0 + ROUNDING)
+        stddev = self.noise_multiplier * self.max_grad_norm * (1.0 + rounding_share(self.expected_batch_size))
         noisy += self._noise.normal(self._per_loan.size, stddev)
         noisy /= self.expected_batch_size
         if self._step_hook is not None:

@@ -24,7 +24,7 @@ __all__ = ["NoiseSource", "SecureNoise", "Shape", "SimulatedNoise", "require_pro
 
 Shape: TypeAlias = int | tuple[int, ...]
 
-_PAIRS = 4096  # pairs of samples at a time: the block's arrays stay in the second-level cache
+_PAIRS = 2048  # pairs of samples at a time: the block's arrays stay in the second-level cache
 _NUM_SUMMANDS = 4
 _WORDS = 2 * _NUM_SUMMANDS  # a radius and an angle for each summand of a pair
 _ZEROS = bytes(8 * _WORDS * _PAIRS)  # what is encrypted: the keystream itself comes out

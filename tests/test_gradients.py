@@ -15,11 +15,11 @@ from torch.nn import functional
 from fedfin.credit.models import Architecture, build, load_weights, num_parameters
 from fedfin.errors import PrivacyParameterError, TrainingError
 from fedfin.privacy.gradients import (
-    ROUNDING,
     PerLoanGradients,
     PrivateEngine,
     SlowGradientWarning,
     binary_cross_entropy,
+    rounding_share,
 )
 from fedfin.privacy.noise import SecureNoise, SimulatedNoise
 from fedfin.privacy.recording import unrecorded_layers
@@ -231,7 +231,7 @@ def test_one_loan_moves_the_sum_by_the_bound_at_most_however_huge_its_gradient(a
     loans[0] *= scale
     per_loan = PerLoanGradients(random_module(architecture))
     change = per_loan.clipped_sum(loans, labels, 0.5) - per_loan.clipped_sum(loans[1:], labels[1:], 0.5)
-    assert np.linalg.norm(change) <= 0.5 * (1 + ROUNDING)
+    assert np.linalg.norm(change) <= 0.5 * (1 + rounding_share(16))
 
 
 def test_a_gradient_whose_square_overflows_float32_is_clipped_and_not_lost():
@@ -249,7 +249,26 @@ def test_squares_too_small_for_float32_do_not_pass_the_bound():
         nn.init.zeros_(parameter)
     nn.init.constant_(module[1].weight, 1e-25)
     loans, labels = np.full((1, 6), 1e27, np.float32), np.array([0])
-    assert np.linalg.norm(PerLoanGradients(module).clipped_sum(loans, labels, 0.5)) <= 0.5 * (1 + ROUNDING)
+    assert np.linalg.norm(PerLoanGradients(module).clipped_sum(loans, labels, 0.5)) <= 0.5 * (
+        1 + rounding_share(1)
+    )
+
+
+@pytest.mark.parametrize("num", [64, 256, 2048])
+@pytest.mark.parametrize("same", [True, False])
+def test_the_larger_noise_covers_what_rounding_adds_to_a_loans_change(num, same):
+    """All loans at the bound and in one direction, where a float32 sum is largest and coarsest."""
+    rng = np.random.default_rng(0)
+    loans, labels = rng.random((num, 6), dtype=np.float32), np.ones(num, np.int64)
+    if same:
+        loans[:] = loans[0]
+    module = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 1))
+    per_loan = PerLoanGradients(module)
+    whole = per_loan.clipped_sum(loans, labels, 1e-3)
+    for left_out in range(0, num, num // 16):
+        rest = np.delete(loans, left_out, 0), np.delete(labels, left_out)
+        change = np.linalg.norm(whole - per_loan.clipped_sum(*rest, 1e-3))
+        assert change <= 1e-3 * (1 + rounding_share(num))
 
 
 def test_a_gradient_within_the_bound_is_not_changed():
@@ -314,7 +333,7 @@ def test_forward_hooks_are_heard():
 def test_an_empty_draw_gives_noise_alone():
     assert_array_equal(PerLoanGradients(random_module(LOGISTIC)).clipped_sum(*EMPTY, 1.0), np.zeros(7))
     gradient = engine(SimulatedNoise(0)).gradient(*EMPTY)
-    assert_allclose(gradient, SimulatedNoise(0).normal(7, 6.0 * (1 + ROUNDING)) / 4.0, rtol=1e-14)
+    assert_allclose(gradient, SimulatedNoise(0).normal(7, 6.0 * (1 + rounding_share(4.0))) / 4.0, rtol=1e-14)
 
 
 @pytest.mark.parametrize("noise", [SimulatedNoise(0), SecureNoise()])

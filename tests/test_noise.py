@@ -32,10 +32,29 @@ def test_noise_is_gaussian_with_the_stated_stddev(source):
 
 def test_neighbouring_samples_are_uncorrelated(source):
     noise = source.normal(NUM, 1.0)
-    # 2048 is the block: nothing repeats from one to the next
-    for lag in (1, 2, 3, 4, 2048):
+    # samples 2048 apart share their angles, and 4096 is the block: nothing repeats from one to the next
+    for lag in (1, 2, 3, 4, 2048, 4096):
         assert abs(np.mean(noise[:-lag] * noise[lag:])) < 6 / math.sqrt(NUM)
         assert abs(np.mean((noise[:-lag] ** 2 - 1) * (noise[lag:] ** 2 - 1))) < 6 * 2 / math.sqrt(NUM)
+
+
+def test_two_samples_of_the_same_angles_are_independent_gaussians():
+    """Cosines make one, sines the other: their angle is uniform, whatever their size."""
+    noise = SecureNoise().normal(2 * 2048 * 50, 1.0).reshape(50, 2, 2048)
+    of_cosines, of_sines = noise[:, 0].ravel(), noise[:, 1].ravel()
+    angles = np.arctan2(of_sines, of_cosines) / (2 * np.pi) + 0.5
+    squares = of_cosines**2 + of_sines**2
+    assert stats.kstest(angles, "uniform").pvalue > 1e-6
+    assert stats.kstest(squares / 2, "expon").pvalue > 1e-6
+    large = squares > np.median(squares)
+    assert stats.ks_2samp(angles[large], angles[~large]).pvalue > 1e-6
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4095, 4096, 4097, 8193])
+def test_every_length_is_filled_and_nothing_in_it_repeats(num):
+    noise = SecureNoise().normal(num, 1.0)
+    assert noise.shape == (num,)
+    assert len(np.unique(noise)) == num
 
 
 @pytest.mark.parametrize(
