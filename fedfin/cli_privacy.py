@@ -1,5 +1,6 @@
 """`fedfin privacy`: what a job would cost, what was spent, and whether the guarantee holds."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -161,7 +162,9 @@ def ledger(
         with open_ledger(folder) as opened:
             if opened is None and snapshot is not None:
                 choose((), snapshot)
-            spendings = () if opened is None else spendings_of(opened, folder, snapshot)
+            # a PLD for each release: seconds where there are hundreds
+            with console.status("adding up what was spent") if not json_out else nullcontext():
+                spendings = () if opened is None else spendings_of(opened, folder, snapshot)
         if plot is not None:
             if not spendings:
                 msg = (

@@ -280,16 +280,15 @@ def test_the_baseline_is_the_models_own_auroc_on_the_held_out_loans(bank):
 
 
 def test_noise_costs_auroc_and_more_noise_costs_more(tmp_path):
-    bank = lender_folder(tmp_path / "bank", num_loans=800, epsilon_limit=1000.0)
-    options = ("--local-steps", 5, "--rounds", 4)
+    bank = lender_folder(tmp_path / "bank", num_loans=600, epsilon_limit=1000.0)
+    options = ("--local-steps", 5, "--rounds", 2)
     little, much = (
         document("plan", "--config", bank, *options, "--epsilon", epsilon)["lender"]["auc"]["forecast"]
-        for epsilon in (100, 0.5)
+        for epsilon in (8, 0.5)
     )
-    assert much["alone_loss"]["low"] > 0.03
+    assert much["alone_loss"]["low"] > 0.01
     assert much["alone_loss"]["low"] > little["alone_loss"]["high"]
-    assert abs(little["federation_high"]["estimate"]) < 0.01
-    # five lenders' noise averages: the scatter of one lender's is five times as large in variance
+    # the noise of five lenders averages
     assert little["federation_high"]["high"] < much["federation_high"]["low"]
     for loss in (much["alone_loss"], much["federation_low"], much["federation_high"]):
         assert loss["low"] <= loss["estimate"] <= loss["high"]
