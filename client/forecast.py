@@ -110,7 +110,7 @@ def forecast(
 
     In such a federation a step's mean gradient carries the noise of K lenders over K times the loans, as if one
     lender trained with the noise multiplier over sqrt(K). The averaging of updates after AdamW's local steps is not
-    imitated, nor what the other lenders' loans add.
+    imitated, nor what the other lenders' loans add. `benchmarks/forecast.py` holds both ends against federations.
 
     Args:
         loans: The lender's own.
