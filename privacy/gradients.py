@@ -14,6 +14,7 @@ compute in float32, so what one loan changes may pass the bound by rounding; `ro
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
@@ -52,6 +53,10 @@ _RANDOM: Final = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
+# Loans of one pass. A plain sequence of layers keeps little of a loan; where there may be tokens, smaller passes stay in
+# the caches: the attention model at batch 2048 took 0.96 of plain SGD's time by 512 loans, and 1.19 all at once.
+_LOANS_AT_ONCE: Final = 4096
+_LOANS_AT_ONCE_OTHERWISE: Final = 512
 _SMALLEST_BOUND: Final = (
     1e-8  # squares of float32 values are exact enough beside the square of this, and not below
 )
@@ -108,6 +113,7 @@ class PerLoanGradients:
         others = unrecorded_layers(module)
         self._backend: Recorder | _Hooked = _Hooked(module, others) if others else Recorder(module)
         self._is_known = isinstance(self._backend, Recorder) and self._backend.is_plain_sequence
+        self._loans_at_once = _LOANS_AT_ONCE if self._is_known else _LOANS_AT_ONCE_OTHERWISE
 
     @property
     def size(self) -> int:
@@ -142,17 +148,19 @@ class PerLoanGradients:
     def _sum(
         self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]", clipping_bound: float
     ) -> "NDArray[np.float64]":
-        if len(loans) == 0:
-            return np.zeros(self._size)
-        targets = torch.from_numpy(np.asarray(labels, dtype=np.float64))
-        books = self._backend.books(
-            torch.from_numpy(np.ascontiguousarray(loans, dtype=np.float32)),
-            lambda logits: self._output_gradients(logits, targets),
-            self._require_unused,
-        )
-        # a loan may overflow without a word, see _add_in_float64
-        with torch.no_grad(), np.errstate(over="ignore", invalid="ignore"):
-            return _clip_and_sum(books, len(loans), clipping_bound, self._size)
+        """Return the clipped sum, a part of the batch at a time: memory stays bounded, and the caches warm."""
+        total = np.zeros(self._size)
+        for start in range(0, len(loans), self._loans_at_once):
+            part = slice(start, start + self._loans_at_once)
+            inputs = torch.from_numpy(np.ascontiguousarray(loans[part], dtype=np.float32))
+            targets = torch.from_numpy(np.asarray(labels[part], dtype=np.float64))
+            books = self._backend.books(
+                inputs, partial(self._output_gradients, targets), self._require_unused
+            )
+            # a loan may overflow without a word, see _add_in_float64
+            with torch.no_grad(), np.errstate(over="ignore", invalid="ignore"):
+                _add_clipped(books, len(inputs), clipping_bound, total)
+        return total
 
     def _unclipped_sum(
         self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]"
@@ -173,7 +181,7 @@ class PerLoanGradients:
 
         return whole
 
-    def _output_gradients(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _output_gradients(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Return the gradient of each loan's loss by its logits, in float64 until the last: sigmoids saturate."""
         if self._loss is binary_cross_entropy:
             _require_one_logit_each(logits, labels)
@@ -334,9 +342,8 @@ class _Hooked:
         return [Blocks(tuple(blocks))]
 
 
-def _clip_and_sum(books: list[Book], num_loans: int, bound: float, size: int) -> "NDArray[np.float64]":
-    """Return the sum of the gradients in the books, each scaled to the bound at most, shape (d,)."""
-    total = np.zeros(size)
+def _add_clipped(books: list[Book], num_loans: int, bound: float, total: "NDArray[np.float64]") -> None:
+    """Add the gradients in the books, each scaled to the bound at most, to `total`, shape (d,)."""
     squared = np.add.reduce([book.squared_norms() for book in books]) if books else np.zeros(num_loans)
     # float32 squares neither overflow nor vanish here; the few other loans are done again in float64
     exact = (squared < _LARGEST_SQUARE) & (bound >= _SMALLEST_BOUND)
@@ -346,7 +353,6 @@ def _clip_and_sum(books: list[Book], num_loans: int, bound: float, size: int) ->
         books = [book.without(others) for book in books]
         squared[~exact] = 0.0
     _add(books, torch.from_numpy(_factors(squared, bound).astype(np.float32)), total)
-    return total
 
 
 def _add_in_float64(books: list[Book], bound: float, total: "NDArray[np.float64]") -> None:

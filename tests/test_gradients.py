@@ -225,6 +225,16 @@ def test_our_own_models_agree_with_the_loop_too(architecture, clipping_bound):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_batch_too_large_for_one_pass_gives_the_sum_of_its_parts(architecture):
+    loans, labels = random_batch(5000)
+    per_loan = PerLoanGradients(random_module(architecture))
+    parts = [
+        per_loan.clipped_sum(loans[rows], labels[rows], 1.0) for rows in np.array_split(np.arange(5000), 7)
+    ]
+    assert np.abs(per_loan.clipped_sum(loans, labels, 1.0) - sum(parts)).max() <= 1e-6 * 5000
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e12, 1e25])
 def test_one_loan_moves_the_sum_by_the_bound_at_most_however_huge_its_gradient(architecture, scale):
     loans, labels = random_batch(16)
