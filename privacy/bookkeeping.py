@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Blocks", "Book", "Products", "Rows", "Sequences", "Sum", "row_norms"]
+__all__ = ["Blocks", "Book", "Products", "Rows", "Sequences", "Sum", "add_clipped", "row_norms"]
 
 Sum: TypeAlias = tuple[slice, Tensor]
 """A parameter's place in the flat vector, and a tensor of its size (of its shape, or flat)."""
@@ -28,6 +28,8 @@ Sum: TypeAlias = tuple[slice, Tensor]
 _CHUNK: Final = 1 << 20  # values of per-loan gradients that exist at a time where they are only measured
 # squares of float32 values below 1e-19 vanish, which only matters beside factors as large as this
 _LARGEST_SQUARE: Final = 1e12
+_LARGEST_SUM: Final = 1e30
+_SMALLEST_BOUND: Final = 1e-8  # such squares are nothing beside the square of this
 
 
 class Book(Protocol):
@@ -226,6 +228,19 @@ class Rows:
         return Blocks(((self.weight, table.flatten(1)),))
 
 
+def add_clipped(books: list[Book], num_loans: int, bound: float, total: NDArray[np.float64]) -> None:
+    """Add the gradients in the books, each scaled to the bound at most, to `total`, shape (d,)."""
+    squared = np.add.reduce([book.squared_norms() for book in books]) if books else np.zeros(num_loans)
+    # float32 squares neither overflow nor vanish here; the few other loans are done again in float64
+    exact = (squared < _LARGEST_SUM) & (bound >= _SMALLEST_BOUND)
+    if not exact.all():
+        others = torch.from_numpy(~exact)
+        _add_in_float64([book.take(others) for book in books], bound, total)
+        books = [book.without(others) for book in books]
+        squared[~exact] = 0.0
+    _add(books, torch.from_numpy(_factors(squared, bound).astype(np.float32)), total)
+
+
 def row_norms(block: Tensor) -> Tensor:
     """Return the L2 norm of each row of (n, size), shape (n,), in the block's type."""
     # faster than the root of (block * block).sum(1): no block of squares is written
@@ -246,3 +261,25 @@ def _squared(norms: Tensor) -> NDArray[np.float64]:
 def _zeroed(values: Tensor, loans: Tensor) -> Tensor:
     """Return a copy with the rows of these loans zero, also where they are not finite."""
     return values.masked_fill(loans.view(-1, *[1] * (values.dim() - 1)), 0.0)
+
+
+def _add_in_float64(books: list[Book], bound: float, total: NDArray[np.float64]) -> None:
+    squared = np.add.reduce([book.squared_norms() for book in books])
+    # Never an error: whether there was one would tell, without noise, that a certain loan is in the table (crafted
+    # weights make chosen loans overflow). Such a loan contributes nothing.
+    broken = ~np.isfinite(squared)
+    squared[broken] = 0.0
+    books = [book.without(torch.from_numpy(broken)) for book in books]
+    _add(books, torch.from_numpy(_factors(squared, bound)), total)
+
+
+def _add(books: list[Book], factors: Tensor, total: NDArray[np.float64]) -> None:
+    for book in books:
+        for span, part in book.sums(factors):
+            total[span] += part.numpy().reshape(-1)
+
+
+def _factors(squared: NDArray[np.float64], bound: float) -> NDArray[np.float64]:
+    """Return min(1, bound / norm) for each loan."""
+    norms = np.sqrt(squared)
+    return bound / np.maximum(norms, bound)

@@ -12,7 +12,6 @@ deviation `noise_multiplier * clipping_bound` makes the sum a Gaussian mechanism
 compute in float32, so what one loan changes may pass the bound by rounding; `rounding_share` makes the noise larger.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -22,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from fedfin.errors import PrivacyParameterError, TrainingError
-from fedfin.privacy.bookkeeping import Blocks, Book
+from fedfin.privacy.bookkeeping import add_clipped
+from fedfin.privacy.hooks import Hooked, SlowGradientWarning
+from fedfin.privacy.layers import spans_of, unrecorded_layers
 from fedfin.privacy.probing import require_loans_apart
-from fedfin.privacy.recording import Recorder, spans_of, unrecorded_layers
+from fedfin.privacy.recording import Recorder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,19 +54,11 @@ _RANDOM: Final = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-# Loans of one pass. A plain sequence of layers keeps little of a loan; where there may be tokens, smaller passes stay in
-# the caches: the attention model at batch 2048 took 0.96 of plain SGD's time by 512 loans, and 1.19 all at once.
+# Loans of one pass. A plain sequence of layers keeps little of a loan; where there may be tokens, smaller passes stay
+# in the caches: the attention model at batch 2048 took 0.96 of plain SGD's time by 512 loans, and 1.19 all at once.
 _LOANS_AT_ONCE: Final = 4096
 _LOANS_AT_ONCE_OTHERWISE: Final = 512
-_SMALLEST_BOUND: Final = (
-    1e-8  # squares of float32 values are exact enough beside the square of this, and not below
-)
-_LARGEST_SQUARE: Final = 1e30
 _NO_BOUND: Final = 1e100
-
-
-class SlowGradientWarning(UserWarning):
-    """A module's gradients come from Opacus' hooks, which are right but slow."""
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -111,7 +104,7 @@ class PerLoanGradients:
         self._size = sum(parameter.numel() for parameter in self._spans)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         others = unrecorded_layers(module)
-        self._backend: Recorder | _Hooked = _Hooked(module, others) if others else Recorder(module)
+        self._backend: Recorder | Hooked = Hooked(module, others) if others else Recorder(module)
         self._is_known = isinstance(self._backend, Recorder) and self._backend.is_plain_sequence
         self._loans_at_once = _LOANS_AT_ONCE if self._is_known else _LOANS_AT_ONCE_OTHERWISE
 
@@ -157,9 +150,9 @@ class PerLoanGradients:
             books = self._backend.books(
                 inputs, partial(self._output_gradients, targets), self._require_unused
             )
-            # a loan may overflow without a word, see _add_in_float64
+            # a loan may overflow without a word, see add_clipped
             with torch.no_grad(), np.errstate(over="ignore", invalid="ignore"):
-                _add_clipped(books, len(inputs), clipping_bound, total)
+                add_clipped(books, len(inputs), clipping_bound, total)
         return total
 
     def _unclipped_sum(
@@ -286,95 +279,6 @@ class PrivateEngine:
         if self._step_hook is not None:
             self._step_hook(self)
         return noisy
-
-
-class _Hooked:
-    """Books from Opacus' hooks: every per-loan gradient is made and kept until the sum is known."""
-
-    def __init__(self, module: nn.Module, layers: list[str]) -> None:
-        with warnings.catch_warnings():
-            # Opacus and what it imports warn of their own deprecations at import; nothing we call is meant
-            warnings.simplefilter("ignore")
-            from opacus.grad_sample import GradSampleModule  # noqa: PLC0415  (slow: seconds)
-
-            try:
-                self._hooked = GradSampleModule(module, loss_reduction="sum", strict=True)
-            except (NotImplementedError, ValueError) as error:
-                msg = (
-                    f"per-loan gradients of this model are not possible ({type(error).__name__}); use layers"
-                    " without buffers (no BatchNorm) and a freshly built module for each training"
-                )
-                raise TrainingError(msg) from error
-        self._spans = spans_of(module)
-        warnings.warn(
-            f"per-loan gradients of {', '.join(layers)} come from Opacus' hooks, ten times slower and more; build the"
-            " model of Linear, LayerNorm, Embedding, Conv1d and GroupNorm for the fast step",
-            SlowGradientWarning,
-            stacklevel=4,
-        )
-
-    def books(
-        self,
-        loans: Tensor,
-        output_gradients: Callable[[Tensor], Tensor],
-        require_unused: Callable[[tuple[Tensor | None, ...]], None],  # noqa: ARG002  # hooks cannot tell
-    ) -> list[Book]:
-        kept = [(parameter, parameter.grad) for parameter in self._spans]
-        for parameter in self._spans:
-            parameter.grad = None
-        with warnings.catch_warnings(), torch.enable_grad():
-            # torch remarks that the inputs need no gradient; only the parameters' gradients are wanted
-            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-            logits = self._hooked(loans)
-            logits.backward(output_gradients(logits))
-        self.last_gradient = np.zeros(sum(parameter.numel() for parameter in self._spans))
-        for parameter, span in self._spans.items():
-            if parameter.grad is not None:
-                self.last_gradient[span] = parameter.grad.reshape(-1).numpy()
-        blocks = [
-            (span, parameter.grad_sample.reshape(len(loans), -1))  # type: ignore[attr-defined]  # set by Opacus' hooks
-            for parameter, span in self._spans.items()
-            if getattr(parameter, "grad_sample", None) is not None
-        ]
-        for parameter, gradient in kept:
-            parameter.grad = gradient
-            parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus' own, would accumulate
-        return [Blocks(tuple(blocks))]
-
-
-def _add_clipped(books: list[Book], num_loans: int, bound: float, total: "NDArray[np.float64]") -> None:
-    """Add the gradients in the books, each scaled to the bound at most, to `total`, shape (d,)."""
-    squared = np.add.reduce([book.squared_norms() for book in books]) if books else np.zeros(num_loans)
-    # float32 squares neither overflow nor vanish here; the few other loans are done again in float64
-    exact = (squared < _LARGEST_SQUARE) & (bound >= _SMALLEST_BOUND)
-    if not exact.all():
-        others = torch.from_numpy(~exact)
-        _add_in_float64([book.take(others) for book in books], bound, total)
-        books = [book.without(others) for book in books]
-        squared[~exact] = 0.0
-    _add(books, torch.from_numpy(_factors(squared, bound).astype(np.float32)), total)
-
-
-def _add_in_float64(books: list[Book], bound: float, total: "NDArray[np.float64]") -> None:
-    squared = np.add.reduce([book.squared_norms() for book in books])
-    # Never an error: whether there was one would tell, without noise, that a certain loan is in the table (crafted
-    # weights make chosen loans overflow). Such a loan contributes nothing.
-    broken = ~np.isfinite(squared)
-    squared[broken] = 0.0
-    books = [book.without(torch.from_numpy(broken)) for book in books]
-    _add(books, torch.from_numpy(_factors(squared, bound)), total)
-
-
-def _add(books: list[Book], factors: Tensor, total: "NDArray[np.float64]") -> None:
-    for book in books:
-        for span, part in book.sums(factors):
-            total[span] += part.numpy().reshape(-1)
-
-
-def _factors(squared: "NDArray[np.float64]", bound: float) -> "NDArray[np.float64]":
-    """Return min(1, bound / norm) for each loan."""
-    norms = np.sqrt(squared)
-    return bound / np.maximum(norms, bound)
 
 
 def _require_separable(module: nn.Module) -> None:

@@ -21,8 +21,8 @@ from fedfin.privacy.gradients import (
     binary_cross_entropy,
     rounding_share,
 )
+from fedfin.privacy.layers import unrecorded_layers
 from fedfin.privacy.noise import SecureNoise, SimulatedNoise
-from fedfin.privacy.recording import unrecorded_layers
 
 LOGISTIC = Architecture("logistic", 6)
 MLP = Architecture("mlp", 6, (8, 4))

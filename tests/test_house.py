@@ -41,6 +41,8 @@ TORCH_DOORS = {
     "credit/export",
     "privacy/bookkeeping",
     "privacy/gradients",
+    "privacy/hooks",
+    "privacy/layers",
     "privacy/probing",
     "privacy/recording",
     "privacy/canaries",
