@@ -9,7 +9,9 @@ Source: Bu, Wang, Zha & Karypis, "Differentially Private Optimization on Large M
 arXiv:2210.00038), section 3. For a Linear layer on (n, i) the norm is |activation| * |output gradient| (Goodfellow,
 "Efficient Per-Example Gradient Computations", arXiv:1510.01799). Over sequences a loan's gradient is a sum whose
 terms may cancel, so there its norm is taken from the sum itself and not from Gram matrices, which lose the
-difference of large numbers: a norm that came out too small would let a loan pass the clipping bound.
+difference of large numbers: a norm that came out too small would let a loan pass the clipping bound. Where terms
+cancel to less than a sixteenth of themselves, the loan's gradient is made in float64 before anything is added to it:
+in a sum over the batch, terms far above the bound would swallow what other loans added.
 """
 
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ _CHUNK: Final = 1 << 20  # values of per-loan gradients that exist at a time whe
 _LARGEST_SQUARE: Final = 1e12
 _LARGEST_SUM: Final = 1e30
 _SMALLEST_BOUND: Final = 1e-8  # such squares are nothing beside the square of this
+_LARGEST_CANCELLATION: Final = 16.0**2  # of the squared sum of a loan's terms over the square of its gradient
+_COLUMNS_AT_ONCE: Final = 1024  # a float32 sum of many squares drifts: 4e-4 of a norm at a million values
 
 
 class Book(Protocol):
@@ -44,11 +48,11 @@ class Book(Protocol):
         ...
 
     def take(self, loans: Tensor) -> "Book":
-        """Return the book of these loans alone, in float64; `loans` is a mask of shape (n,)."""
+        """Return the book of these loans alone, in float64; `loans` holds their positions in the batch."""
         ...
 
     def without(self, loans: Tensor) -> "Book":
-        """Return the book with these loans' gradients set to zero."""
+        """Return the book with these loans' gradients set to zero; `loans` is a mask of shape (n,)."""
         ...
 
     def as_blocks(self) -> "Blocks":
@@ -107,8 +111,9 @@ class Products:
             return of_gradients
         of_activations = _squared(self.norms)
         norms = of_gradients * (of_activations + 1.0 if self.bias is not None else of_activations)
-        if self.gradients.dtype == torch.float32 and of_activations.max() > _LARGEST_SQUARE:
-            norms[of_activations > _LARGEST_SQUARE] = np.inf
+        # written so that one loan's NaN, the largest of all to numpy, hides no other loan
+        if self.gradients.dtype == torch.float32 and not of_activations.max() <= _LARGEST_SQUARE:
+            norms[~(of_activations <= _LARGEST_SQUARE)] = np.inf
         return norms
 
     def sums(self, factors: Tensor) -> list[Sum]:
@@ -154,7 +159,17 @@ class Sequences:
         size = max(1, _CHUNK // (self.activations.shape[2] * self.gradients.shape[2]))
         pairs = zip(torch.split(self.activations, size), torch.split(self.gradients, size), strict=True)
         parts = (Sequences(*pair, self.weight, self.bias) for pair in pairs)
-        return np.concatenate([part.as_blocks().squared_norms() for part in parts])
+        squares = np.concatenate([part.as_blocks().squared_norms() for part in parts])
+        of_activations = torch.linalg.vector_norm(self.activations, dim=2).double()
+        of_gradients = torch.linalg.vector_norm(self.gradients, dim=2).double()
+        if self.bias is not None:
+            of_activations = of_activations.square().add_(1.0).sqrt_()
+        terms: NDArray[np.float64] = (of_activations * of_gradients).sum(1).numpy()
+        fine = (terms * terms <= _LARGEST_CANCELLATION * squares) & (
+            of_activations.max(1).values.numpy() ** 2 <= _LARGEST_SQUARE
+        )
+        squares[~fine] = np.inf
+        return squares
 
     def sums(self, factors: Tensor) -> list[Sum]:
         """See `Book`."""
@@ -166,10 +181,10 @@ class Sequences:
             sums.append((self.bias, weighted.sum(0)))
         return sums
 
-    def take(self, loans: Tensor) -> "Sequences":
+    def take(self, loans: Tensor) -> Blocks:
         """See `Book`."""
         activations, gradients = self.activations[loans].double(), self.gradients[loans].double()
-        return Sequences(activations, gradients, self.weight, self.bias)
+        return Sequences(activations, gradients, self.weight, self.bias).as_blocks()
 
     def without(self, loans: Tensor) -> "Sequences":
         """See `Book`."""
@@ -202,7 +217,9 @@ class Rows:
         gradients = self.gradients.double()
         same = self.indices[:, :, None] == self.indices[:, None, :]
         products: NDArray[np.float64] = (torch.bmm(gradients, gradients.mT) * same).sum((1, 2)).numpy()
-        return np.maximum(products, 0.0)
+        terms = row_norms(gradients.flatten(0, 1)).view(gradients.shape[:2]).sum(1).numpy()
+        products[~(terms * terms <= _LARGEST_CANCELLATION * products)] = np.inf
+        return products
 
     def sums(self, factors: Tensor) -> list[Sum]:
         """See `Book`."""
@@ -212,9 +229,9 @@ class Rows:
         table = weighted.new_zeros((self.weight.stop - self.weight.start) // width, width)
         return [(self.weight, table.index_add_(0, self.indices.flatten(), weighted))]
 
-    def take(self, loans: Tensor) -> "Rows":
+    def take(self, loans: Tensor) -> Blocks:
         """See `Book`."""
-        return Rows(self.indices[loans], self.gradients[loans].double(), self.weight)
+        return Rows(self.indices[loans], self.gradients[loans].double(), self.weight).as_blocks()
 
     def without(self, loans: Tensor) -> "Rows":
         """See `Book`."""
@@ -235,7 +252,8 @@ def add_clipped(books: list[Book], num_loans: int, bound: float, total: NDArray[
     exact = (squared < _LARGEST_SUM) & (bound >= _SMALLEST_BOUND)
     if not exact.all():
         others = torch.from_numpy(~exact)
-        _add_in_float64([book.take(others) for book in books], bound, total)
+        for part in torch.split(others.nonzero().flatten(), max(1, _CHUNK // max(1, len(total)))):
+            _add_in_float64([book.take(part) for book in books], bound, total)
         books = [book.without(others) for book in books]
         squared[~exact] = 0.0
     _add(books, torch.from_numpy(_factors(squared, bound).astype(np.float32)), total)
@@ -249,7 +267,10 @@ def row_norms(block: Tensor) -> Tensor:
 
 
 def _squares(block: Tensor) -> NDArray[np.float64]:
-    return _squared(row_norms(block))
+    if block.shape[1] <= _COLUMNS_AT_ONCE:
+        return _squared(row_norms(block))
+    parts = [_squared(row_norms(part)) for part in torch.split(block, _COLUMNS_AT_ONCE, dim=1)]
+    return np.asarray(np.add.reduce(parts), dtype=np.float64)
 
 
 def _squared(norms: Tensor) -> NDArray[np.float64]:

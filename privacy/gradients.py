@@ -24,7 +24,7 @@ from fedfin.errors import PrivacyParameterError, TrainingError
 from fedfin.privacy.bookkeeping import add_clipped
 from fedfin.privacy.hooks import Hooked, SlowGradientWarning
 from fedfin.privacy.layers import spans_of, unrecorded_layers
-from fedfin.privacy.probing import require_loans_apart
+from fedfin.privacy.probing import NO_BOUND, require_loans_apart
 from fedfin.privacy.recording import Recorder
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ _RANDOM: Final = (
 # in the caches: the attention model at batch 2048 took 0.96 of plain SGD's time by 512 loans, and 1.19 all at once.
 _LOANS_AT_ONCE: Final = 4096
 _LOANS_AT_ONCE_OTHERWISE: Final = 512
-_NO_BOUND: Final = 1e100
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -73,12 +72,14 @@ def rounding_share(expected_batch_size: float) -> float:
     A clipping factor is right to a few units in the last place. The sum of n clipped gradients, all at the bound and
     in one direction, is rounded in the last place of n bounds; with one loan less it is rounded otherwise. With 64,
     256 and 2048 such loans one loan was measured to change up to 2.4e-6, 4.9e-6 and 4.6e-5 of a bound too much; this
-    is three to six times that. It is no bound for the worst order of additions that could be constructed.
+    is ten times that and more. It is no bound for the worst order of additions that could be constructed. A lender's
+    batches may pass the expected size, which counts its loans up to training.weight_cap only, so the share is never
+    less than that of a whole pass; the sums of passes are added in float64.
 
     Args:
         expected_batch_size: Expected loans of a batch; > 0.
     """
-    return (8.0 + expected_batch_size) * 2.0**-23
+    return (8.0 + max(expected_batch_size, _LOANS_AT_ONCE)) * 2.0**-23
 
 
 class PerLoanGradients:
@@ -105,8 +106,10 @@ class PerLoanGradients:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         others = unrecorded_layers(module)
         self._backend: Recorder | Hooked = Hooked(module, others) if others else Recorder(module)
-        self._is_known = isinstance(self._backend, Recorder) and self._backend.is_plain_sequence
-        self._loans_at_once = _LOANS_AT_ONCE if self._is_known else _LOANS_AT_ONCE_OTHERWISE
+        is_plain = isinstance(self._backend, Recorder) and self._backend.is_plain_sequence
+        self._loans_at_once = _LOANS_AT_ONCE if is_plain else _LOANS_AT_ONCE_OTHERWISE
+        # a loss of the caller's may mix loans too, by weighing them against the batch's rate of bad ones
+        self._is_known = is_plain and loss is binary_cross_entropy
 
     @property
     def size(self) -> int:
@@ -134,8 +137,7 @@ class PerLoanGradients:
         _require_positive("privacy.clipping_bound", clipping_bound)
         _require_finite(loans, labels)
         if not self._is_known:
-            require_loans_apart(self._unclipped_sum, self._whole_gradient(), loans.shape[1])
-            self._is_known = True
+            self._is_known = require_loans_apart(self._sum, self._whole_gradient(), loans.shape[1])
         return self._sum(loans, labels, clipping_bound)
 
     def _sum(
@@ -155,11 +157,6 @@ class PerLoanGradients:
                 add_clipped(books, len(inputs), clipping_bound, total)
         return total
 
-    def _unclipped_sum(
-        self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]"
-    ) -> "NDArray[np.float64]":
-        return self._sum(loans, labels, _NO_BOUND)
-
     def _whole_gradient(
         self,
     ) -> "Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float64]] | None":
@@ -169,7 +166,7 @@ class PerLoanGradients:
             return None
 
         def whole(loans: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> "NDArray[np.float64]":
-            self._unclipped_sum(loans, labels)
+            self._sum(loans, labels, NO_BOUND)
             return backend.last_gradient
 
         return whole
@@ -295,6 +292,12 @@ def _require_separable(module: nn.Module) -> None:
             msg = (
                 f"layer {name or type(layer).__name__} drops units by torch's generator, which can be seeded: who knows"
                 " the seed sees one loan shift the others' masks; set p to 0 (the noise regularises)"
+            )
+            raise TrainingError(msg)
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.max_norm is not None:
+            msg = (
+                f"layer {name or type(layer).__name__} shrinks the rows that are looked up to max_norm, without noise:"
+                " its weights would tell which ones the loans hold; leave max_norm out"
             )
             raise TrainingError(msg)
         for own, parameter in layer.named_parameters(name, recurse=False):

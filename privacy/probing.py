@@ -14,21 +14,29 @@ from numpy.typing import NDArray
 
 from fedfin.errors import TrainingError
 
-__all__ = ["require_loans_apart"]
+__all__ = ["NO_BOUND", "require_loans_apart"]
 
 Gradients: TypeAlias = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float64]]
+ClippedSum: TypeAlias = Callable[[NDArray[np.float32], NDArray[np.int64], float], NDArray[np.float64]]
+
+NO_BOUND: Final = 1e100
+"""A clipping bound that no gradient reaches."""
 
 _TOLERANCE: Final = 1e-3  # far above float32's rounding, far below what one loan adds to another
 
 
-def require_loans_apart(summed: Gradients, whole: Gradients | None, num_columns: int) -> None:
+def require_loans_apart(summed: ClippedSum, whole: Gradients | None, num_columns: int) -> bool:
     """Refuse a model whose per-loan gradients depend on the other loans, on chance, or are not all of the gradient.
 
     Args:
-        summed: From loans and labels to the sum of the per-loan gradients, unclipped, shape (d,).
+        summed: From loans, labels and clipping bound to the sum of the clipped per-loan gradients, shape (d,).
         whole: To the gradient of the summed loss as autograd has it, shape (d,); None where another way makes sure
             that the per-loan gradients are all of it.
         num_columns: Columns of a loan, p.
+
+    Returns:
+        Whether there was anything to compare: gradients that overflow or are all zero show nothing, and the model
+        must be looked at again when its weights have changed.
 
     Raises:
         TrainingError: The gradients are not apart, and why.
@@ -36,16 +44,23 @@ def require_loans_apart(summed: Gradients, whole: Gradients | None, num_columns:
     loans = np.sin(np.arange(1.0, 2 * num_columns + 1)).astype(np.float32).reshape(2, num_columns)
     labels = np.array([0, 1])
     before = torch.get_rng_state()
-    together = summed(loans, labels)
+    together = summed(loans, labels, NO_BOUND)
     if not torch.equal(torch.get_rng_state(), before):
         msg = (
             "the model draws from torch's generator, which can be seeded: who knows the seed sees one loan shift the"
             " others' draws; remove dropout and the like (the noise regularises)"
         )
         raise TrainingError(msg)
-    apart = [summed(loans[position, None], labels[position, None]) for position in range(2)]
-    scale = sum(float(np.linalg.norm(gradient)) for gradient in apart)
-    if _differ(together, apart[0] + apart[1], scale):
+    apart = [summed(loans[position, None], labels[position, None], NO_BOUND) for position in range(2)]
+    norms = [float(np.linalg.norm(gradient)) for gradient in apart]
+    scale, seen = sum(norms), bool(np.isfinite(norms).all()) and min(norms) > 0.0
+    mixed = _differ(together, apart[0] + apart[1], scale)
+    if seen:
+        # clipped too: code that puts the loans into another order between two layers leaves the plain sum as it is
+        bound = 0.5 * min(norms)
+        expected = bound / norms[0] * apart[0] + bound / norms[1] * apart[1]
+        mixed = mixed or _differ(summed(loans, labels, bound), expected, 2.0 * bound)
+    if mixed:
         msg = (
             "the gradient of one loan depends on the other loans of the batch; the model or the loss mixes them:"
             " compute every logit and every loss from its own loan"
@@ -57,6 +72,7 @@ def require_loans_apart(summed: Gradients, whole: Gradients | None, num_columns:
             " supported; call layers themselves, and put a proximal term into training.proximal"
         )
         raise TrainingError(msg)
+    return seen
 
 
 def _differ(one: NDArray[np.float64], other: NDArray[np.float64], scale: float) -> bool:

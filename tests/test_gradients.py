@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fedfin.credit.models import Architecture, build, load_weights, num_parameters
 from fedfin.errors import PrivacyParameterError, TrainingError
+from fedfin.privacy.bookkeeping import Blocks
 from fedfin.privacy.gradients import (
     PerLoanGradients,
     PrivateEngine,
@@ -264,6 +265,60 @@ def test_squares_too_small_for_float32_do_not_pass_the_bound():
     )
 
 
+def test_a_loan_whose_activations_are_nan_hides_no_other_loan():
+    """The same, where another loan's activations are NaN, which numpy takes for the largest."""
+    module = nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 1), nn.Linear(1, 1))
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        module[0].weight[0, :2] = torch.tensor([3e38, -3e38])
+    nn.init.constant_(module[2].weight, 1e-25)
+    loans = np.zeros((2, 6), np.float32)
+    loans[0, 0], loans[1, :2] = 1e-11, 10.0  # 3e27, and infinity less infinity
+    per_loan, labels = PerLoanGradients(module), np.array([0, 0])
+    alone = per_loan.clipped_sum(loans[:1], labels[:1], 0.5)
+    assert np.linalg.norm(alone) == pytest.approx(0.5)
+    assert_allclose(per_loan.clipped_sum(loans, labels, 0.5), alone, rtol=1e-6)
+
+
+class Difference(nn.Module):
+    """What a layer makes of the loan's two halves, the first less `share` times the second, times `size`."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, loans):
+        halves, size, share = loans[:, :-2].unflatten(1, (2, -1)), loans[:, -2:-1], loans[:, -1:]
+        if isinstance(self.layer, nn.Embedding):
+            halves = halves[:, :, 0].abs().long() % self.layer.num_embeddings
+        one, other = self.layer(halves).unbind(1)
+        return ((one - share * other) * size).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64, bias=False), nn.Embedding(4, 4)])
+@pytest.mark.parametrize("size", [2.0**20, 2.0**40, 2.0**60, 2.0**80])
+def test_terms_that_cancel_within_a_loan_swallow_nothing_of_the_others(layer, size):
+    """The loan's own gradient is zero: a huge term less itself. Without it the sum must be the same."""
+    module = Difference(copy.deepcopy(layer))
+    nn.init.zeros_(module.layer.weight)
+    loans = np.zeros((401, 130), np.float32)
+    loans[:, :64], loans[:, -2] = 1.1, 10.0  # the others: all at the bound and in one direction
+    loans[200] = 1.0
+    loans[200, -2:] = size, 1.0
+    labels, per_loan = np.ones(401, np.int64), PerLoanGradients(module)
+    whole = per_loan.clipped_sum(loans, labels, 1.0)
+    rest = per_loan.clipped_sum(np.delete(loans, 200, 0), labels[1:], 1.0)
+    assert np.linalg.norm(rest) > 300
+    assert np.linalg.norm(whole - rest) <= 1e-3
+
+
+def test_the_norm_of_a_million_values_does_not_drift():
+    block = torch.full((1, 10**6), 0.1)
+    exact = 10**6 * float(np.float32(0.1)) ** 2
+    assert_allclose(Blocks(((slice(0, 10**6), block),)).squared_norms(), exact, rtol=2e-6)
+
+
 @pytest.mark.parametrize("num", [64, 256, 2048])
 @pytest.mark.parametrize("same", [True, False])
 def test_the_larger_noise_covers_what_rounding_adds_to_a_loans_change(num, same):
@@ -279,6 +334,12 @@ def test_the_larger_noise_covers_what_rounding_adds_to_a_loans_change(num, same)
         rest = np.delete(loans, left_out, 0), np.delete(labels, left_out)
         change = np.linalg.norm(whole - per_loan.clipped_sum(*rest, 1e-3))
         assert change <= 1e-3 * (1 + rounding_share(num))
+
+
+def test_the_larger_noise_covers_a_whole_pass_where_few_loans_are_expected():
+    """A lender of any size may count for as few loans as training.weight_cap says."""
+    assert rounding_share(1.0) == rounding_share(4096.0) == pytest.approx(4104 / 2**23)
+    assert rounding_share(50_000.0) > rounding_share(4096.0)
 
 
 def test_a_gradient_within_the_bound_is_not_changed():
@@ -527,6 +588,17 @@ class Drops(nn.Module):
         return functional.dropout(loans, 0.5)
 
 
+class Reverses(nn.Module):
+    """Puts the loans into another order for its layer: each one's parts of the gradient lie in two rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, loans):
+        return self.layer(loans.flip(0)).flip(0)
+
+
 class Reshapes(nn.Module):
     def forward(self, loans):
         return loans.reshape(-1, 3)
@@ -536,6 +608,7 @@ class Reshapes(nn.Module):
     ("layer", "refusal"),
     [
         (LessTheMean(), "depends on the other loans"),
+        (Reverses(), "depends on the other loans"),
         (Drops(), "draws from torch's generator"),
         (Reshapes(), "first dimension must be the loans"),
     ],
@@ -544,6 +617,31 @@ def test_code_between_the_layers_that_mixes_loans_or_draws_is_refused_before_it_
     module = nn.Sequential(layer, nn.Linear(3 if isinstance(layer, Reshapes) else 6, 1))
     with pytest.raises(TrainingError, match=refusal):
         PerLoanGradients(module).clipped_sum(*EMPTY, 1.0)
+
+
+def test_a_model_that_showed_nothing_where_it_overflowed_is_looked_at_again():
+    module = nn.Sequential(nn.Linear(6, 4), LessTheMean(), nn.Linear(4, 1))
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, 3e38)
+    per_loan = PerLoanGradients(module)
+    assert not per_loan.clipped_sum(*random_batch(4), 1.0).any()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    with pytest.raises(TrainingError, match="depends on the other loans"):
+        per_loan.clipped_sum(*random_batch(4), 1.0)
+
+
+def test_a_loss_that_weighs_loans_by_the_batch_is_refused_for_a_plain_sequence_too():
+    def balanced(logits, labels):
+        return binary_cross_entropy(logits, labels) * len(labels) / (labels.sum() + 1.0)
+
+    with pytest.raises(TrainingError, match="depends on the other loans"):
+        PerLoanGradients(nn.Sequential(nn.Linear(6, 1)), balanced).clipped_sum(*random_batch(4), 1.0)
+
+
+def test_an_embedding_that_shrinks_the_rows_it_looks_up_is_refused():
+    with pytest.raises(TrainingError, match="leave max_norm out"):
+        PerLoanGradients(nn.Sequential(LookUp(4, 2, max_norm=0.1), nn.Linear(2, 1)))
 
 
 def test_dropout_is_refused_and_without_a_chance_it_is_not():
