@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedfin.errors import LinkError
+from fedfin.plan import JobPlan
 from fedfin.server import supervisor
 
 LINK = "import json,sys; sys.stdin.readline(); print(json.dumps({'inner': 'here'}), flush=True); sys.stdin.read()"
@@ -19,7 +20,7 @@ class Folder:
     def __init__(self, directory):
         self.directory = Path(directory)
         self.config_path = self.directory / "federation.yaml"
-        self.config = type("Config", (), {"address": "127.0.0.1:1"})()
+        self.config = type("Config", (), {"address": "127.0.0.1:1", "job": JobPlan()})()
 
 
 def supervise(tmp_path, monkeypatch, app, link=LINK):
