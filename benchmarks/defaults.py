@@ -58,7 +58,11 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = {
 
 def plan_of(kind: str, epsilon: float, changes: dict[str, dict[str, Any]]) -> JobPlan:
     """Return the default job with a candidate's changes."""
-    sections = {"model": {"kind": kind}, "training": {}, "privacy": {"epsilon": epsilon}}
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"kind": kind},
+        "training": {},
+        "privacy": {"epsilon": epsilon},
+    }
     return JobPlan.model_validate(
         {name: defaults | changes.get(name, {}) for name, defaults in sections.items()}
     )
@@ -93,7 +97,7 @@ def measure(
     kind: str, tables: dict[str, tuple[Loans, Schema]], epsilons: Sequence[float], num_seeds: int
 ) -> list[dict[str, Any]]:
     """Return one row for each candidate, epsilon and arm, with the mean AUROC on every table."""
-    splits = {}
+    splits: dict[str, list[dict[str, Any]]] = {}
     for name, (loans, schema) in tables.items():
         splits[name] = []
         for seed in range(num_splits(name, num_seeds)):
