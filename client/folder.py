@@ -79,9 +79,52 @@ class LenderFolder:
                 msg = f"{self.config_path}: {key} is {given!r}, and {enrolled!r} is enrolled; restore it"
                 raise ConfigError(msg)
 
+    def has_ledger(self) -> bool:
+        """Tell whether there is a privacy ledger; there is none before the first start.
+
+        Raises:
+            LedgerError: There was one: this lender accepted a job that is charged.
+        """
+        if self.ledger_path.exists():
+            return True
+        if jobs := self._charged_jobs():
+            msg = (
+                f"the privacy ledger {self.ledger_path} is gone, and this lender accepted job {min(jobs)}: what its"
+                " loans have given is not known. Restore the newest copy from the backup; nothing leaves without it"
+            )
+            raise LedgerError(msg)
+        return False
+
     def ledger(self) -> Ledger:
-        """Open the lender's privacy ledger."""
-        return Ledger(self.ledger_path)
+        """Open the lender's privacy ledger; made where there was none.
+
+        Raises:
+            LedgerError: It cannot be opened, is gone, or is older than a job that this lender accepted.
+        """
+        self.has_ledger()
+        ledger = Ledger(self.ledger_path)
+        try:
+            lacking = self._charged_jobs() - {entry.job_id for entry in ledger.entries()}
+            if lacking:
+                msg = (
+                    f"the privacy ledger {self.ledger_path} lacks job {min(lacking)}, which this lender accepted: it is"
+                    " another one, or an old copy that forgets what was spent since. Restore the newest copy from the"
+                    " backup; nothing leaves without it"
+                )
+                raise LedgerError(msg)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def _charged_jobs(self) -> set[str]:
+        """Return the accepted jobs that the ledger must hold: each was reserved before it was accepted."""
+        charged: set[str] = set()
+        for path in self.jobs_path.glob("*/job.json"):
+            accepted = json.loads(path.read_text(encoding="utf-8"))
+            if json.loads(accepted["plan"])["privacy"]["mode"] != "none":
+                charged.add(accepted["job"])
+        return charged
 
     def salt(self, *, make: bool = True) -> bytes:
         """Return the lender's secret salt (32 bytes), made at first use: it blinds digests of loans.
@@ -91,7 +134,7 @@ class LenderFolder:
         """
         path = self.directory / "keys" / "salt.key"
         if not path.exists():
-            if self.ledger_path.exists():
+            if self.has_ledger():
                 msg = (
                     f"{path} is gone, and with it the ledger cannot tell whose budget is spent: restore the file from"
                     " its backup. Nothing leaves without it"

@@ -7,6 +7,7 @@ answer that was kept but not charged never left, so it is made anew.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -64,6 +65,8 @@ from fedfin.update import encode as encode_message
 
 __all__ = ["Lender"]
 
+# a folder and a line of the log on any machine
+_JOB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,79}")
 _REASONS: Final[dict[type[FedfinError], str]] = {
     # What stays inside is in the lender's own log; the coordinator learns only what it needs to go on.
     BudgetSpentError: "its privacy budget does not allow the job",
@@ -117,7 +120,7 @@ class Lender:
             LinkError: The bytes are no question of this release.
         """
         question = decode(data, Propose, AskHistogram, Train, Finish)
-        if "/" in question.job_id or question.job_id.startswith(".") or len(question.job_id) > 80:
+        if not _JOB_ID.fullmatch(question.job_id):
             msg = f"the coordinator named a job {question.job_id[:80]!r}; a job's id is letters, digits and dashes"
             raise LinkError(msg)
         try:

@@ -1,6 +1,7 @@
 """The lender's loans, ready for jobs: read, checked, split into training and held-out loans."""
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 
 from fedfin.client.checking import check, check_held_out
 from fedfin.client.folder import LenderFolder
+from fedfin.config import DataSource
 from fedfin.credit.schema import Schema
 from fedfin.credit.source import Loans, read_loans
 from fedfin.errors import DataError
@@ -62,9 +64,21 @@ def prepare(folder: LenderFolder, *, looking: bool = False) -> PreparedLoans:
     _refuse_one_outcome(train, "training", "data")
     _refuse_one_outcome(holdout, "held-out", "holdout")
     snapshot = snapshot_of(
-        train.frame, train.labels, salt, loan_ids=train.loan_ids, id_name=config.data.loan_id or ""
+        train.frame,
+        train.labels,
+        salt,
+        loan_ids=train.loan_ids,
+        id_name=config.data.loan_id or "",
+        reading=_reading(config.data, schema),
     )
     return PreparedLoans(schema=schema, train=train, holdout=holdout, snapshot=snapshot)
+
+
+def _reading(source: DataSource, schema: Schema) -> str:
+    """Return all that decides how a stored row is read: another one makes another row of the same loan."""
+    columns = {name: local for name, local in source.columns.items() if name != local}
+    settings = [schema.fingerprint(), columns, source.values, sorted(set(source.missing))]  # noqa: PD011
+    return json.dumps(settings, sort_keys=True)
 
 
 def _split(loans: Loans, fraction: float, salt: bytes) -> tuple[Loans, Loans]:

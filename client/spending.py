@@ -58,7 +58,7 @@ class Spending:
 @contextmanager
 def open_ledger(folder: LenderFolder) -> Generator[Ledger | None]:
     """Open the lender's ledger if there is one: looking makes none."""
-    if not folder.ledger_path.exists():
+    if not folder.has_ledger():
         yield None
         return
     with folder.ledger() as ledger:

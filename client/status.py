@@ -25,7 +25,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
     policy = folder.config.policy
     delta = policy.max_delta
     snapshots: list[dict[str, Any]] = []
-    if folder.ledger_path.exists():  # looking makes nothing
+    if folder.has_ledger():  # looking makes nothing
         with folder.ledger() as ledger:
             for snapshot in ledger.snapshots():
                 spent, held = ledger.spent(snapshot, delta), ledger.held(snapshot, delta)

@@ -4,7 +4,8 @@ Every job on the same records draws on one budget, and loans that were in an ear
 (`privacy/overlap.py`). All digests are salted, because a table or a loan's number can be guessed. The table's
 digest is the same for any order of rows and columns and any file or database it is read from; it covers the whole
 table, so that one changed value is another snapshot. A loan's digest is of its number where the table has one
-(`data.loan_id` of bank.yaml), and of the whole row where not: an edited row is then taken for a new loan.
+(`data.loan_id` of bank.yaml), and of the whole row where not: an edited row is then taken for a new loan. Digests
+under another salt, or of rows that are read in another way, are never compared: no loan looks new by them.
 """
 
 import hashlib
@@ -52,6 +53,7 @@ def snapshot_of(
     *,
     loan_ids: ArrayLike | None = None,
     id_name: str = "",
+    reading: str = "",
 ) -> Snapshot:
     """Return the snapshot of a table.
 
@@ -61,6 +63,8 @@ def snapshot_of(
         salt: The lender's own secret, at least 16 bytes; without it a guessed table could be checked.
         loan_ids: A distinct text for each loan, shape (n,); None where the table has none.
         id_name: With `loan_ids`: the name of their column.
+        reading: Without `loan_ids`: whatever decides how a stored row becomes a row of `frame`; a change of it would
+            make every loan look new.
 
     Raises:
         DataError: The table is empty, two columns share a name, or the labels are not one for each row.
@@ -81,13 +85,14 @@ def snapshot_of(
     header = repr((len(salt), sorted(names))).encode() + salt
     if loan_ids is None:
         # the columns and their kinds: a loan under another schema has another digest, and must not look new
-        scheme = f"row {_short((sorted(names), [column.shape[1] for column in cells]))}"
+        kinds = [column.shape[1] for column in cells]
+        scheme = f"row {_short((_short(salt), sorted(names), kinds, reading))}"
         digests = _row_digests(header, cells)
         of_loans = digests
     else:
         ids = pd.Series(np.asarray(loan_ids, dtype=object))
         assert len(ids) == len(frame)  # noqa: S101
-        scheme = f"loan_id {_short(id_name)}"
+        scheme = f"loan_id {_short((_short(salt), id_name))}"
         digests = _row_digests(header, [*cells, _cells(ids)])
         of_loans = _row_digests(b"fedfin loan\n" + salt, [_cells(ids)])
     table = hashlib.sha256(header + b"".join(sorted(digests)))
