@@ -1,6 +1,7 @@
 """The documents say what the code does."""
 
 import re
+import warnings
 from pathlib import Path
 
 import click
@@ -68,6 +69,24 @@ def test_every_link_to_a_file_of_the_project_leads_there(page):
     for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_examples_for_researchers_run_one_after_the_other(whole, capsys):
+    page = (ROOT / "docs" / "researcher.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert any("PrivateEngine(" in block for block in blocks)
+    names: dict[str, object] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Opacus' own, at its import
+        for block in blocks:
+            if whole or "compare_arms" not in block:  # which trains every arm: half a minute
+                exec(compile(block, "researcher.md", "exec"), names)
+    printed = capsys.readouterr().out
+    ours, theirs = re.findall(r"steps: RDP ([\d.]+), Opacus ([\d.]+)", printed)[0]
+    assert ours == theirs
+    for figure in (ours, *re.findall(r"(?:all: RDP|PLD|two lenders:) ([\d.]+)", printed)):
+        assert figure in page, f"the example prints {figure}, which the page does not say"
 
 
 def command_at(path: list[str]) -> click.Command:
