@@ -8,9 +8,11 @@ Four parts, each with its share of the error fixed beforehand:
 
 1. clipping: with the noise switched off, one hostile loan more moves a step's sum by at most the bound, exactly;
 2. noise: two lenders train as the plan says, with columns in which no loan has anything, so that what these release
-   is noise alone: of the planned scale and shape, and new in every step, every round and at every lender;
+   is noise alone: of the planned scale and shape, and new in every step, every round and at every lender; in the
+   difference of two equal steps every other value is seen to have its noise too;
 3. canaries: what the auditor tells apart of them bounds each step's epsilon from below and, by composition over the
-   steps that were counted in part 2, the whole job's; the one-run theorem bounds it a second time;
+   steps that were counted in part 2, the whole job's; the one-run theorem bounds it a second time. Both rest on
+   batches drawn by coins, so the draws are looked at as well;
 4. bins (`fedfin.client.bins_audit`): how far one loan moves the histogram, and its noise's scale and shape. It is not
    attacked: the bounds of part 3 are of the training alone, and so of the whole job too.
 
@@ -38,6 +40,7 @@ from fedfin.credit.models import Architecture, architecture_of, encoding_of
 from fedfin.errors import DataError, PrivacyParameterError
 from fedfin.privacy import accounting
 from fedfin.privacy.canaries import guess_extremes
+from fedfin.privacy.draw_checks import again_check, size_check
 from fedfin.privacy.events import GaussianEvent
 from fedfin.privacy.ledger import Ledger, Spent
 from fedfin.privacy.lower_bounds import clopper_pearson, epsilon_at_least, mu_at_least, one_run_epsilon
@@ -45,6 +48,7 @@ from fedfin.privacy.noise import NoiseSource, SecureNoise
 from fedfin.privacy.noise_checks import (
     Check,
     between_check,
+    everywhere_check,
     lag_check,
     repeat_check,
     scale_check,
@@ -67,7 +71,7 @@ __all__ = ["AuditSize", "audit_job", "audit_loans"]
 # Together 1 - CONFIDENCE of the report: honest code fails no more often than that, whichever of these fails it.
 _STEP_ERROR: Final = 2e-4
 _ONE_RUN_ERROR: Final = 3e-4
-_CHECK_ERROR: Final = 5e-5  # each of nine that chance can fail; the others are exact
+_CHECK_ERROR: Final = 4e-5  # each of twelve that chance can fail; the others are exact
 
 _CLIPPING_ROUNDING: Final = 1e-4
 _GUESSED_SHARE: Final = 0.8  # of the canaries, in the one-run bound
@@ -84,12 +88,14 @@ class AuditSize:
         num_loans: The lender's loans that train beside them, at most.
         mu_precision: Wanted standard error of a step's measured mu, as a share of the claimed one.
         most_steps: Single steps at most; above, the precision is less.
+        num_whole_pairs: Pairs of steps whose noise is looked at in every value.
     """
 
     num_canaries: int = 1000
     num_loans: int = 500
     mu_precision: float = 0.015
     most_steps: int = 30_000
+    num_whole_pairs: int = 200
 
     @classmethod
     def of(cls, architecture: Architecture) -> "AuditSize":
@@ -189,6 +195,7 @@ def audit_job(
         )
         for job in range(num_jobs)
     ]
+    whole = twin.whole_noise(lenders[0], size.num_whole_pairs)
     num_steps = plan.training.rounds * max(lender.steps_a_round for lender in seen)
     num_correct, num_guesses = sum(job.num_correct for job in jobs), sum(job.num_guesses for job in jobs)
     mu = mu_at_least(num_correct, num_guesses, _STEP_ERROR) if num_guesses else 0.0
@@ -217,6 +224,9 @@ def audit_job(
             clipping,
             _shift_check(jobs, sigma),
             _sampling_check(jobs, training.sample_rate),
+            again_check([job.draws for job in jobs], training.sample_rate, _CHECK_ERROR),
+            size_check([job.draws for job in jobs], training.sample_rate, _CHECK_ERROR),
+            everywhere_check(whole, _CHECK_ERROR),
             scale_check(np.concatenate(noises), _CHECK_ERROR),
             shape_check(np.concatenate(noises), _CHECK_ERROR),
             repeat_check(noises),

@@ -8,6 +8,7 @@ set back to zero before each step and the training is asked for one step at a ti
 saturate; the other weights go on training. In `noise_of` the training is asked for whole rounds, as in the job.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -23,6 +24,7 @@ from fedfin.privacy.canaries import (
     log_likelihood_ratio,
     with_canaries,
 )
+from fedfin.privacy.draw_checks import DrawPairs, count_pairs
 from fedfin.strategies.strategy import public_size
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ _Float = TypeVar("_Float", np.float32, np.float64)
 _NUM_NOISE_VALUES: Final = 1000  # of each step, or one column's where that has more
 _MOST_NOISE_STEPS: Final = 1000  # of a lender, but two whole rounds at least
 _NUM_LOANS_FOR_CLIPPING: Final = 20
+_SMALL_SHARE: Final = 0.01  # of the bound: so small a bound clips what a model keeps within the plan's
 _START_SPREAD: Final = 0.1  # the MLP's public start has a zero last layer, behind which no canary would show
 _THRESHOLD: Final = 0.5  # halfway between an absent canary and one clipped to the bound
 
@@ -68,6 +71,7 @@ class CanaryJob:
         num_guesses: Guesses, half about canaries in the step's sum, half about others.
         shift_sums: Sum of what was observed of canaries in the sum and of others, over the bound.
         shift_counts: How many of each.
+        draws: What steps drew one after the other.
         num_drawn: Members drawn for a step.
         num_draws: Members that could be.
     """
@@ -78,6 +82,7 @@ class CanaryJob:
     num_guesses: int
     shift_sums: tuple[float, float]
     shift_counts: tuple[int, int]
+    draws: DrawPairs
     num_drawn: int
     num_draws: int
 
@@ -122,16 +127,37 @@ class Twin:
     def clipping_reach(self) -> float:
         """Return how far one hostile loan moves a step's sum, over the bound, with the noise switched off.
 
-        Tables with and without the loan go through the training code; the largest distance (L2) is returned.
+        Tables with and without the loan go through the training code; the largest distance (L2) is returned, under
+        the plan's bound and under a hundredth of it: a model with LayerNorm may need no clipping at the plan's.
         """
         loans, labels = self._loans[:_NUM_LOANS_FOR_CLIPPING], self._labels[:_NUM_LOANS_FOR_CLIPPING]
-        training = self._training.model_copy(update={"sample_rate": 1.0})
-        without = self._whole_sum(loans, labels, training)
+        hostile = list(zip(*hostile_loans(self._architecture.num_inputs), strict=True))
         reach = 0.0
-        for loan, label in zip(*hostile_loans(self._architecture.num_inputs), strict=True):
-            more, more_labels = np.vstack([loans, loan[None]]), np.append(labels, label)
-            reach = max(reach, float(np.linalg.norm(self._whole_sum(more, more_labels, training) - without)))
+        for share in (1.0, _SMALL_SHARE):
+            privacy = replace(self._privacy, clipping_bound=share * self._privacy.clipping_bound)
+            without = self._whole_sum(loans, labels, privacy, Silence()) / share
+            for loan, label in hostile:
+                more, more_labels = np.vstack([loans, loan[None]]), np.append(labels, label)
+                moved = self._whole_sum(more, more_labels, privacy, Silence()) / share - without
+                reach = max(reach, float(np.linalg.norm(moved)))
         return reach
+
+    def whole_noise(self, noise: "NoiseSource", num_pairs: int) -> "NDArray[np.float64]":
+        """Return noise in every value of a step, over its planned standard deviation, shape (pairs, d).
+
+        The same step is taken twice, with all of the same loans, so that in the difference only noise is left.
+
+        Args:
+            noise: The lender's own.
+            num_pairs: >= 1.
+        """
+        loans, labels = self._loans[:_NUM_LOANS_FOR_CLIPPING], self._labels[:_NUM_LOANS_FOR_CLIPPING]
+        differences = [
+            self._whole_sum(loans, labels, self._privacy, noise)
+            - self._whole_sum(loans, labels, self._privacy, noise)
+            for _ in range(num_pairs)
+        ]
+        return np.array(differences) / (math.sqrt(2.0) * self._privacy.noise_multiplier)
 
     def noise_of(self, noise: "NoiseSource", tick: "Callable[[], None]") -> JobNoise:
         """Train whole rounds as the plan says and return the noise in columns in which no loan has anything.
@@ -180,6 +206,7 @@ class Twin:
         scores = np.zeros(num_canaries)
         correct = guesses = drawn_members = 0
         sums, counts = np.zeros(2), np.zeros(2, np.int64)
+        draws, before = DrawPairs(len(table)), None
         for _ in range(num_steps):
             load_weights(module, weights)
             trace = canary_trace(module, table.shape[1], self._width, self._privacy.clipping_bound)
@@ -189,7 +216,10 @@ class Twin:
                 observed, 1.0, self._privacy.noise_multiplier, training.sample_rate
             )
             present = np.zeros(num_canaries, np.bool_)
-            present[members] = watched.drawn(len(table))[len(self._loans) :]
+            drawn = watched.drawn(len(table))
+            # in disjoint pairs of steps: their counts are independent
+            draws, before = (draws, drawn) if before is None else (count_pairs(draws, before, drawn), None)
+            present[members] = drawn[len(self._loans) :]
             right, num = guess_balanced(observed, present, _THRESHOLD, rng)
             correct, guesses, drawn_members = (
                 correct + right,
@@ -209,6 +239,7 @@ class Twin:
             guesses,
             (float(sums[0]), float(sums[1])),
             (int(counts[0]), int(counts[1])),
+            draws,
             drawn_members,
             int(members.sum()) * num_steps,
         )
@@ -242,9 +273,14 @@ class Twin:
         return update, seen
 
     def _whole_sum(
-        self, loans: "NDArray[np.float32]", labels: "NDArray[np.int64]", training: "TrainingPlan"
+        self,
+        loans: "NDArray[np.float32]",
+        labels: "NDArray[np.int64]",
+        privacy: LocalPrivacy,
+        noise: "NoiseSource",
     ) -> "NDArray[np.float64]":
-        """Return a step's sum without noise, over the bound, shape (d,)."""
+        """Return a step's sum of all these loans, over the plan's bound, shape (d,)."""
+        training = self._training.model_copy(update={"sample_rate": 1.0, "local_steps": 1})
         unit = self._unit(len(loans), training)
         seen: list[NDArray[np.float64]] = []
         train_locally(
@@ -252,9 +288,9 @@ class Twin:
             loans,
             labels,
             architecture=self._architecture,
-            training=training.model_copy(update={"local_steps": 1}),
-            privacy=self._privacy,
-            noise=Silence(),
+            training=training,
+            privacy=privacy,
+            noise=noise,
             watch=lambda gradient: seen.append(gradient * unit),
         )
         return seen[0]

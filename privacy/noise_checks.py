@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Check",
     "between_check",
+    "everywhere_check",
     "lag_check",
     "repeat_check",
     "scale_check",
@@ -78,6 +79,29 @@ def scale_check(noise: "NDArray[np.float64]", error: float) -> Check:
         f"the noise's standard deviation is {ratio:.4f} of the planned one; {low:.4f} to {high:.4f} is chance"
     )
     return Check("noise scale", low <= ratio <= high, ratio, low, text)
+
+
+def everywhere_check(noise: "NDArray[np.float64]", error: float) -> Check:
+    """Check that every single value of a release has noise of about the planned standard deviation.
+
+    Args:
+        noise: Over the planned standard deviation, shape (releases, values): all values of a release, also those in
+            which loans have something.
+        error: Chance that honest noise fails, in (0, 1).
+
+    Source: Laurent & Massart 2000, lemma 1, for each value.
+    """
+    num, num_values = noise.shape
+    half = math.log(2.0 * num_values / error)
+    ratios = np.sqrt(np.mean(np.square(noise), axis=0))
+    low = math.sqrt(max(0.0, 1.0 - 2.0 * math.sqrt(half / num)))
+    high = math.sqrt(1.0 + 2.0 * math.sqrt(half / num) + 2.0 * half / num)
+    least, most = float(ratios.min()), float(ratios.max())
+    text = (
+        f"the noise of each of the {num_values} values of a step has {least:.3f} to {most:.3f} of the planned standard"
+        f" deviation; {low:.3f} to {high:.3f} is chance"
+    )
+    return Check("noise everywhere", low <= least and most <= high, least, low, text)
 
 
 def shape_check(noise: "NDArray[np.float64]", error: float) -> Check:

@@ -13,6 +13,7 @@ import pytest
 
 import fedfin.client.histograms
 import fedfin.client.twin
+import fedfin.privacy.gradients
 from fedfin.client.audit_report import CONFIDENCE
 from fedfin.client.auditing import AuditSize, audit_job, audit_loans
 from fedfin.client.bins_audit import bins_checks
@@ -28,7 +29,7 @@ from fedfin.simulation.partition import demo_loans
 
 LOGISTIC, MLP = Architecture("logistic", 6), Architecture("mlp", 6, (4,))
 ATTENTION = Architecture("attention", 6, (4,), (2, 1, 3))
-SMALL = AuditSize(num_canaries=200, num_loans=60, mu_precision=0.05, most_steps=400)
+SMALL = AuditSize(num_canaries=200, num_loans=60, mu_precision=0.05, most_steps=400, num_whole_pairs=100)
 
 
 def job(*, epsilon=8.0, **training):
@@ -111,6 +112,33 @@ def test_no_clipping_fails(monkeypatch):
 def test_clipping_at_slightly_more_than_the_bound_fails(monkeypatch):
     monkeypatch.setattr(fedfin.client.twin, "train_locally", with_bound(1.01))
     assert failed(audit()) == {"clipping, exact"}
+
+
+def test_clipping_each_layer_to_the_bound_fails_where_the_plans_bound_clips_nothing(monkeypatch):
+    """LayerNorm keeps gradients small; three layers at the bound each are more than one bound."""
+    add_clipped = fedfin.privacy.gradients.add_clipped
+
+    def by_layer(books, num_loans, bound, total):
+        for book in books:
+            add_clipped([book], num_loans, bound, total)
+
+    monkeypatch.setattr(fedfin.privacy.gradients, "add_clipped", by_layer)
+    assert "clipping, exact" in failed(audit(architecture=MLP))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.4])
+@pytest.mark.parametrize("position", [0, -1])
+@pytest.mark.parametrize("architecture", [LOGISTIC, MLP])
+def test_one_weight_or_bias_with_too_little_noise_fails(architecture, position, factor):
+    """No canary lies in these values: they are seen in the difference of two equal steps."""
+
+    class Uneven(Around):
+        def normal(self, size, stddev):
+            noise = super().normal(size, stddev)
+            noise[position] *= factor
+            return noise
+
+    assert failed(audit(architecture=architecture, source=Uneven)) == {"noise everywhere"}
 
 
 def test_the_same_noise_in_each_step_fails():
@@ -199,6 +227,49 @@ def test_batches_drawn_more_often_than_the_plan_says_fail():
     assert "sample rate" in failed(audit(job(sample_rate=0.3), source=Greedy))
 
 
+class FixedSize(Around):
+    def bernoulli(self, num, rate):
+        drawn = np.zeros(num, bool)
+        drawn[np.argsort(self.source.words(num))[: round(rate * num)]] = True
+        return drawn
+
+
+class InOrder(Around):
+    """Batches of an epoch: each loan once before any comes again."""
+
+    position = 0.0
+
+    def bernoulli(self, num, rate):
+        drawn = np.zeros(num, bool)
+        end = self.position + rate * num
+        drawn[np.arange(round(self.position), round(end)) % num] = True
+        self.position = end
+        return drawn
+
+
+class SameBatch(Around):
+    drawn = None
+
+    def bernoulli(self, num, rate):
+        if self.drawn is None or len(self.drawn) != num:
+            self.drawn = super().bernoulli(num, rate)
+        return self.drawn
+
+
+@pytest.mark.parametrize(
+    ("source", "faults"),
+    [
+        (FixedSize, {"batch sizes"}),
+        (InOrder, {"draws in two steps", "batch sizes"}),
+        (SameBatch, {"draws in two steps", "batch sizes"}),
+    ],
+)
+def test_batches_of_the_right_rate_that_no_coins_drew_fail(source, faults):
+    assert (
+        failed(audit(job(sample_rate=0.3), source=source)) & {"draws in two steps", "batch sizes"} == faults
+    )
+
+
 def test_batches_that_the_source_did_not_draw_fail(monkeypatch):
     def train(*arguments, noise, **more):
         return train_locally(*arguments, noise=SecureNoise(), **more)
@@ -259,6 +330,9 @@ def test_the_report_says_what_was_claimed_measured_and_assumed():
         "noise across steps and rounds",
         "noise across lenders",
         "noise at any distance",
+        "noise everywhere",
+        "draws in two steps",
+        "batch sizes",
     }
 
 
