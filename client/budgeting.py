@@ -167,7 +167,7 @@ def refusals(
         check_size(num_parameters, policy)
     except PolicyRefusalError as error:
         found.append(str(error))
-    if budget is None:
+    if budget is None or not budget.capacity > 0.0:
         found.append(
             f"policy.epsilon_limit {policy.epsilon_limit:g} at policy.max_delta {policy.max_delta:g} leaves no room"
             " for any release; ask the data officer to raise it"

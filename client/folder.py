@@ -103,18 +103,15 @@ class LenderFolder:
         """
         self.has_ledger()
         ledger = Ledger(self.ledger_path)
-        try:
-            lacking = self._charged_jobs() - {entry.job_id for entry in ledger.entries()}
-            if lacking:
-                msg = (
-                    f"the privacy ledger {self.ledger_path} lacks job {min(lacking)}, which this lender accepted: it is"
-                    " another one, or an old copy that forgets what was spent since. Restore the newest copy from the"
-                    " backup; nothing leaves without it"
-                )
-                raise LedgerError(msg)
-        except BaseException:
+        lacking = self._charged_jobs() - {entry.job_id for entry in ledger.entries()}
+        if lacking:
             ledger.close()
-            raise
+            msg = (
+                f"the privacy ledger {self.ledger_path} lacks job {min(lacking)}, which this lender accepted: it is"
+                " another one, or an old copy that forgets what was spent since. Restore the newest copy from the"
+                " backup; nothing leaves without it"
+            )
+            raise LedgerError(msg)
         return ledger
 
     def _charged_jobs(self) -> set[str]:

@@ -22,12 +22,11 @@ from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import CalibratedNoise
 from fedfin.privacy.noise import SimulatedNoise
 
-__all__ = ["NUM_SEEDS", "Baseline", "Forecast", "baseline_of", "forecast", "model_size"]
+__all__ = ["Baseline", "Forecast", "baseline_of", "forecast", "model_size", "num_seeds"]
 
-NUM_SEEDS: Final = 8
-"""Trainings with noise behind each figure."""
-
-_STUDENT_T: Final = 2.365  # 97.5% quantile at NUM_SEEDS - 1 degrees of freedom
+_SEEDS: Final = 8
+_SEEDS_OF_ATTENTION: Final = 4  # one of its trainings takes as long as fifty of the others'
+_STUDENT_T: Final = {8: 2.365, 4: 3.182}  # 97.5% quantile, by the number of seeds
 _NO_NOISE: Final = 1e-12  # the private step without its noise: the engine takes no multiplier of 0
 _BOOTSTRAP_SEED: Final = 20_240_101
 
@@ -69,6 +68,11 @@ class Forecast:
     num_lenders: int
     federation_low: Interval
     federation_high: Interval
+
+
+def num_seeds(plan: JobPlan) -> int:
+    """Return the number of trainings with noise behind each figure."""
+    return _SEEDS_OF_ATTENTION if plan.model.kind == "attention" else _SEEDS
 
 
 def model_size(loans: PreparedLoans, plan: JobPlan) -> int:
@@ -118,7 +122,7 @@ def forecast(
         noise: Its calibrated noise.
         baseline: Of the same loans and plan.
         num_lenders: K >= 1.
-        done: Called after each training, 2 * NUM_SEEDS times in all.
+        done: Called after each training, 2 * `num_seeds` times in all.
 
     Raises:
         TrainingError: Training diverged.
@@ -130,14 +134,14 @@ def forecast(
             noise.bins_noise_multiplier * factor, noise.training_noise_multiplier * factor
         )
         runs: list[Scores] = []
-        for seed in range(NUM_SEEDS):
+        for seed in range(num_seeds(plan)):
             runs.append(_scores(loans, plan, scaled, seed))
             done()
         return runs
 
     alone, together = trained(1.0), trained(1.0 / math.sqrt(num_lenders))
     losses = _losses(labels, baseline, alone)
-    median = alone[int(np.argsort(losses)[NUM_SEEDS // 2])]
+    median = alone[int(np.argsort(losses)[len(losses) // 2])]
     around = bootstrap_gain(labels, baseline.scores, median, np.random.default_rng(_BOOTSTRAP_SEED))
     return Forecast(
         alone_auroc=float(baseline.auroc - losses.mean()),
@@ -154,7 +158,7 @@ def _losses(labels: NDArray[np.int64], baseline: Baseline, runs: Sequence[Scores
 
 
 def _mean_interval(losses: NDArray[np.float64]) -> Interval:
-    return _interval(float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(len(losses))))
+    return _interval(float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(len(losses))), len(losses))
 
 
 def _scatter_loss(labels: NDArray[np.int64], runs: Sequence[Scores]) -> Interval:
@@ -178,11 +182,12 @@ def _scatter_loss(labels: NDArray[np.int64], runs: Sequence[Scores]) -> Interval
         ]
     )
     stderr = math.sqrt((num - 1) / num * float(((without - without.mean()) ** 2).sum()))
-    return _interval(estimate, stderr)
+    return _interval(estimate, stderr, num)
 
 
-def _interval(estimate: float, stderr: float) -> Interval:
-    return Interval(estimate, estimate - _STUDENT_T * stderr, estimate + _STUDENT_T * stderr)
+def _interval(estimate: float, stderr: float, num_draws: int) -> Interval:
+    margin = _STUDENT_T[num_draws] * stderr
+    return Interval(estimate, estimate - margin, estimate + margin)
 
 
 def _scores(loans: PreparedLoans, plan: JobPlan, noise: CalibratedNoise | None, seed: int) -> Scores:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from fedfin.client.budgeting import Epsilon, JobCost, Standing, cost_of, refusals, standing
 from fedfin.client.folder import LenderFolder
-from fedfin.client.forecast import NUM_SEEDS, Baseline, Forecast, baseline_of, forecast, model_size
+from fedfin.client.forecast import Baseline, Forecast, baseline_of, forecast, model_size, num_seeds
 from fedfin.client.preparation import prepare
 from fedfin.client.spending import open_ledger
 from fedfin.plan import JobPlan
@@ -73,9 +73,9 @@ class Answer:
     sweep: tuple[Setting, ...]
 
 
-def num_trainings(*, with_sweep: bool) -> int:
+def num_trainings(plan: JobPlan, *, with_sweep: bool) -> int:
     """Return how often `done` is called by `answer_for_lender` with an AUROC."""
-    return 2 + 2 * NUM_SEEDS * (1 + (len(SWEEP) if with_sweep else 0))
+    return 2 + 2 * num_seeds(plan) * (1 + (len(SWEEP) if with_sweep else 0))
 
 
 def answer_for_anyone(plan: JobPlan, *, with_sweep: bool) -> Answer:
@@ -156,7 +156,7 @@ def to_json(answer: Answer) -> dict[str, Any]:
             "round_last": asdict(cost.round_last),
         },
         "borrower_pld": list(cost.borrower),
-        "lender": None if view is None else _view_to_json(view),
+        "lender": None if view is None else _view_to_json(view, num_seeds(plan)),
         "sweep": [_setting_to_json(setting) for setting in answer.sweep],
     }
 
@@ -175,7 +175,7 @@ def _setting(
     return Setting(epsilon, noise, job, forecast_at(changed, noise))
 
 
-def _view_to_json(view: View) -> dict[str, Any]:
+def _view_to_json(view: View, seeds: int) -> dict[str, Any]:
     now = view.standing
     baseline = view.baseline
     return {
@@ -197,7 +197,7 @@ def _view_to_json(view: View) -> dict[str, Any]:
         if baseline is None
         else {
             "noise": "simulated",
-            "num_seeds": NUM_SEEDS,
+            "num_seeds": seeds,
             "plain": baseline.auroc,
             "clipped": baseline.clipped_auroc,
             "forecast": None if view.forecast is None else asdict(view.forecast),

@@ -65,10 +65,17 @@ def write_plot(spendings: Sequence[Spending], name: str, path: Path) -> None:
 
 def _draw(axes: "Axes", spending: Spending) -> None:
     rdp = [0.0, *(charge.epsilon_rdp for charge in spending.charges)]
-    pld = [0.0, *(charge.epsilon_pld for charge in spending.charges)]
+    numbered = enumerate(spending.charges, start=1)
+    pld = {0: 0.0} | {n: charge.epsilon_pld for n, charge in numbered if charge.epsilon_pld is not None}
     axes.step(range(len(rdp)), rdp, where="post", color=_LINE, linewidth=1.4, label="RDP, least over orders")
     axes.step(
-        range(len(pld)), pld, where="post", color=_LINE, linewidth=1.2, linestyle=":", label="PLD, tighter"
+        list(pld),
+        list(pld.values()),
+        where="post",
+        color=_LINE,
+        linewidth=1.2,
+        linestyle=":",
+        label="PLD, tighter",
     )
     _draw_jobs(axes, spending, rdp, pld)
     end, held = len(spending.charges), spending.budget.epsilon
@@ -94,7 +101,7 @@ def _draw(axes: "Axes", spending: Spending) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
 
 
-def _draw_jobs(axes: "Axes", spending: Spending, rdp: list[float], pld: list[float]) -> None:
+def _draw_jobs(axes: "Axes", spending: Spending, rdp: list[float], pld: dict[int, float]) -> None:
     """Mark each job's releases on both lines; jobs on earlier snapshots as squares."""
     for position, job in enumerate(spending.jobs):
         own = [
@@ -115,4 +122,5 @@ def _draw_jobs(axes: "Axes", spending: Spending, rdp: list[float], pld: list[flo
             zorder=3,
             label=label if position < _MOST_JOBS_NAMED else None,
         )
-        axes.plot(own, [pld[number] for number in own], marker, color=colour, markersize=3.5, zorder=3)
+        known = [number for number in own if number in pld]
+        axes.plot(known, [pld[number] for number in known], marker, color=colour, markersize=3.5, zorder=3)

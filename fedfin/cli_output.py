@@ -1,6 +1,7 @@
 """How the commands speak: tables and bars for people, one JSON document with --json, one paragraph for an error."""
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -46,9 +47,17 @@ def say(text: str, *, style: str = "") -> None:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON document and nothing else."""
-    sys.stdout.write(json.dumps(document, indent=1, default=str) + "\n")
+    """Print one JSON document and nothing else; what is not finite is null, which JSON has no number for."""
+    sys.stdout.write(json.dumps(_finite(document), indent=1, default=str, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], *, numeric_from: int = 1) -> None:

@@ -46,10 +46,14 @@ def ledger(
         from fedfin.client.spending import choose, open_ledger, spendings_of, to_json
 
         folder = LenderFolder(config)
+        if plot is not None:
+            from fedfin.client.spending_plot import check_path, write_plot
+
+            check_path(plot)  # before the seconds of adding up
         with open_ledger(folder) as opened:
             if opened is None and snapshot is not None:
                 choose((), snapshot)
-            # a PLD for each release: seconds where there are hundreds
+            # PLDs take seconds
             with console.status("adding up what was spent") if not json_out else nullcontext():
                 spendings = () if opened is None else spendings_of(opened, folder, snapshot)
         if plot is not None:
@@ -58,8 +62,6 @@ def ledger(
                     f"--plot {plot}: {folder.config.name} has spent nothing yet, so there is nothing to draw"
                 )
                 raise ConfigError(msg)
-            from fedfin.client.spending_plot import write_plot
-
             write_plot(spendings, folder.config.name, plot)
         if json_out:
             print_json(
@@ -168,7 +170,7 @@ def _show_spending(spending: "Spending") -> None:
                     f"{event.sample_rate:g}",
                     str(event.count),
                     f"{charge.epsilon_rdp:.3f}" if last else "",
-                    f"{charge.epsilon_pld:.3f}" if last else "",
+                    "" if charge.epsilon_pld is None or not last else f"{charge.epsilon_pld:.3f}",
                     inherited,
                 ]
             )
@@ -178,3 +180,5 @@ def _show_spending(spending: "Spending") -> None:
         rows,
         numeric_from=4,
     )
+    if any(charge.epsilon_pld is None for charge in spending.charges):
+        say("PLD takes long to compute: with so many releases it stands beside some only, and the last.")

@@ -95,7 +95,7 @@ def plan(
         else:
             folder = LenderFolder(config)
             with Progress(
-                TextColumn("training on your own loans, with simulated noise"),
+                TextColumn("training on your own loans, with simulated noise (--no-auc leaves it out)"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -103,7 +103,7 @@ def plan(
                 transient=True,
                 disable=json_out or no_auc,
             ) as progress:
-                task = progress.add_task("", total=num_trainings(with_sweep=sweep))
+                task = progress.add_task("", total=num_trainings(job_plan, with_sweep=sweep))
                 answer = answer_for_lender(
                     job_plan,
                     folder,

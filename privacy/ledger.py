@@ -10,6 +10,7 @@ counts is all that left, or is reserved, of every snapshot that holds the loan (
 those of the loan that has given most.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from fedfin.privacy.snapshot import Snapshot
 __all__ = ["Budget", "Charge", "Entry", "Ledger", "Spent"]
 
 _MAX_NAME = 200
+_MOST_PLDS = 32  # in a history: each takes a tenth of a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Charge:
     """One release of what a snapshot's loans have given, and what they had given in all after it."""
 
     entry: Entry
-    epsilon_pld: float
+    epsilon_pld: float | None  # of `_MOST_PLDS` releases at most, the last one always
     epsilon_rdp: float
 
 
@@ -244,7 +246,10 @@ class Ledger:
         return books.budget(account, merged, epsilon_limit, max_delta)
 
     def history(self, snapshot: Snapshot | str, delta: float) -> tuple[Charge, ...]:
-        """Return the releases that the loan with the largest spend gave, oldest first, with the running total."""
+        """Return the releases that the loan with the largest spend gave, oldest first, with the running total.
+
+        Where there are many, the PLD figure is that of some releases only, evenly spread and the last among them.
+        """
         books = self._books(snapshot)
         worst = max(
             books.loans,
@@ -252,10 +257,12 @@ class Ledger:
         )
         charges: list[Charge] = []
         total: tuple[Event, ...] = ()
-        for entry in books.entries_of(worst):
-            if entry.kind == "commit":
-                total = merge_events([*total, *entry.events])
-                charges.append(Charge(entry, epsilon_pld(total, delta), epsilon_rdp(total, delta)))
+        released = [entry for entry in books.entries_of(worst) if entry.kind == "commit"]
+        every = math.ceil(len(released) / _MOST_PLDS)
+        for left, entry in zip(range(len(released) - 1, -1, -1), released, strict=True):
+            total = merge_events([*total, *entry.events])
+            pld = epsilon_pld(total, delta) if left % every == 0 else None
+            charges.append(Charge(entry, pld, epsilon_rdp(total, delta)))
         return tuple(charges)
 
     def account(self, snapshot: str) -> Account | None:

@@ -116,7 +116,7 @@ class LedgerFile:
         """Turn what SQLite or the file system refuses into a LedgerError."""
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last: SQLite quotes damaged text
             msg = (
                 f"the privacy ledger {self.path} cannot be used ({error}), so nothing may leave; check that its"
                 " folder exists and can be written, that the disk has space and that no other process holds the"

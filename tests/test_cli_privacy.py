@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
-from fedfin.client.forecast import NUM_SEEDS
 from fedfin.client.preparation import prepare
 from fedfin.credit.metrics import auroc
 from fedfin.plan import CohortPlan, JobPlan, PrivacyPlan, TrainingPlan
@@ -245,6 +244,7 @@ def test_the_lender_then_does_what_the_plan_said(bank, epsilon, accepts):
         ({"min_cohort": 9}, ("--lenders", 8), "cohort.min_lenders"),
         ({"epsilon_limit": 1.0}, (), "epsilon_limit"),
         ({"epsilon_limit": 1e-3}, (), "leaves no room"),
+        ({"epsilon_limit": 1e-12}, (), "leaves no room"),
     ],
 )
 def test_what_the_policy_refuses_is_named(tmp_path, policy, options, word):
@@ -304,12 +304,17 @@ def test_a_federation_of_one_is_the_lender_alone_and_a_large_one_loses_little(ba
 def test_the_forecast_is_repeatable_says_simulated_and_names_its_loans(bank):
     first, second = (document("plan", "--config", bank, *QUICK)["lender"] for _ in range(2))
     assert first == second
-    assert (first["auc"]["noise"], first["auc"]["num_seeds"]) == ("simulated", NUM_SEEDS)
+    assert (first["auc"]["noise"], first["auc"]["num_seeds"]) == ("simulated", 8)
     loans = prepare(LenderFolder(bank), looking=True)
     assert (first["num_train"], first["num_holdout"]) == (len(loans.train), len(loans.holdout))
     shown = fedfin("plan", "--config", bank, *QUICK).stdout
     assert f"{len(loans.holdout)} held-out loans" in shown
     assert "simulated noise" in shown
+
+
+def test_attention_is_forecast_from_fewer_draws_of_the_noise(bank):
+    tiny = ("--model", "attention", "--rounds", 1, "--local-steps", 1)
+    assert forecast_of(bank, *tiny)["num_seeds"] == 4
 
 
 def test_a_sweep_of_a_lender_has_an_auroc_for_each_epsilon(bank):
@@ -472,6 +477,19 @@ def test_an_error_is_json_when_asked_and_has_a_traceback_when_asked(command, tmp
     assert done.exit_code == 1
     assert "does not exist" in json.loads(done.stdout)["error"]
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_limit_lowered_until_it_admits_nothing_is_said_in_words_and_valid_json(bank, command):
+    run_job(bank, rounds=1)
+    config = yaml.safe_load(bank.read_text())
+    bank.write_text(yaml.safe_dump({**config, "policy": {"epsilon_limit": 0.01}}))
+    done = fedfin(*command, "--config", bank)
+    assert "admits nothing" in done.stdout
+    assert "inf" not in done.stdout
+    printed = fedfin(*command, "--config", bank, "--json").stdout
+    assert "Infinity" not in printed
+    assert '"share_spent": null' in printed
 
 
 def test_a_lost_salt_stops_a_plan_where_there_is_a_ledger(bank):

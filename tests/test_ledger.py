@@ -339,6 +339,28 @@ def test_the_history_is_of_the_loan_that_gave_most(ledger):
     assert ledger.history(table("new", range(100, 110)), DELTA) == ()
 
 
+def test_a_long_history_has_a_bounded_number_of_plds_and_the_last_is_what_was_spent(ledger, monkeypatch):
+    monkeypatch.setattr("fedfin.privacy.ledger._MOST_PLDS", 4)
+    reserve(ledger, events=(BINS, dataclasses.replace(ROUND, count=50)))
+    ledger.commit("job-1", "bins", [BINS], "b0")
+    for number in range(1, 11):
+        ledger.commit("job-1", f"round {number}", [ROUND], f"r{number}")
+    charges = ledger.history(SNAPSHOT, DELTA)
+    known = [number for number, charge in enumerate(charges) if charge.epsilon_pld is not None]
+    assert known == [1, 4, 7, 10]
+    assert charges[4].epsilon_pld == epsilon_pld([BINS, dataclasses.replace(ROUND, count=20)], DELTA)
+    assert charges[-1].epsilon_pld == ledger.spent(SNAPSHOT, DELTA).epsilon_pld
+
+
+def test_damage_that_sqlite_quotes_as_no_text_is_a_ledger_error(path):
+    Ledger(path).close()
+    content = path.read_bytes()
+    place = content.index(b"BEFORE DELETE ON entry")
+    path.write_bytes(content[:place] + b"\xc5" + content[place + 1 :])
+    with pytest.raises(LedgerError, match="restore it from a backup"):
+        Ledger(path)
+
+
 def test_loans_whose_digests_cannot_be_compared_count_as_the_same(ledger):
     """The numbers of loans were switched on or off, or the schema changed: nothing starts anew in silence."""
     reserve(ledger, "job-1", table("first", range(10), scheme="row"), limit=TWO_JOBS)
