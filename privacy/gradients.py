@@ -26,6 +26,7 @@ from fedfin.privacy.hooks import Hooked, SlowGradientWarning
 from fedfin.privacy.layers import spans_of, unrecorded_layers
 from fedfin.privacy.probing import NO_BOUND, require_loans_apart
 from fedfin.privacy.recording import Recorder
+from fedfin.privacy.rounding import LOANS_AT_ONCE, rounding_share
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +39,6 @@ __all__ = [
     "PrivateEngine",
     "SlowGradientWarning",
     "binary_cross_entropy",
-    "rounding_share",
 ]
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -56,7 +56,6 @@ _RANDOM: Final = (
 )
 # Loans of one pass. A plain sequence of layers keeps little of a loan; where there may be tokens, smaller passes stay
 # in the caches: the attention model at batch 2048 took 0.96 of plain SGD's time by 512 loans, and 1.19 all at once.
-_LOANS_AT_ONCE: Final = 4096
 _LOANS_AT_ONCE_OTHERWISE: Final = 512
 
 
@@ -64,22 +63,6 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return each loan's negative log-likelihood of its label; logits and labels have shape (n,) or (n, 1)."""
     _require_one_logit_each(logits, labels)
     return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-
-
-def rounding_share(expected_batch_size: float) -> float:
-    """Return the share by which the noise is larger than its multiplier asks, for the rounding of float32.
-
-    A clipping factor is right to a few units in the last place. The sum of n clipped gradients, all at the bound and
-    in one direction, is rounded in the last place of n bounds; with one loan less it is rounded otherwise. With 64,
-    256 and 2048 such loans one loan was measured to change up to 2.4e-6, 4.9e-6 and 4.6e-5 of a bound too much; this
-    is ten times that and more. It is no bound for the worst order of additions that could be constructed. A lender's
-    batches may pass the expected size, which counts its loans up to training.weight_cap only, so the share is never
-    less than that of a whole pass; the sums of passes are added in float64.
-
-    Args:
-        expected_batch_size: Expected loans of a batch; > 0.
-    """
-    return (8.0 + max(expected_batch_size, _LOANS_AT_ONCE)) * 2.0**-23
 
 
 class PerLoanGradients:
@@ -107,7 +90,7 @@ class PerLoanGradients:
         others = unrecorded_layers(module)
         self._backend: Recorder | Hooked = Hooked(module, others) if others else Recorder(module)
         is_plain = isinstance(self._backend, Recorder) and self._backend.is_plain_sequence
-        self._loans_at_once = _LOANS_AT_ONCE if is_plain else _LOANS_AT_ONCE_OTHERWISE
+        self._loans_at_once = LOANS_AT_ONCE if is_plain else _LOANS_AT_ONCE_OTHERWISE
         # a loss of the caller's may mix loans too, by weighing them against the batch's rate of bad ones
         self._is_known = is_plain and loss is binary_cross_entropy
 

@@ -12,6 +12,7 @@ from fedfin.errors import PrivacyParameterError
 from fedfin.plan import JobPlan, PrivacyPlan
 from fedfin.privacy.accounting import CalibratedNoise, calibrate, epsilon_rdp
 from fedfin.privacy.events import gap_of
+from fedfin.privacy.rounding import rounding_share
 from fedfin.privacy.shared_events import SharedNoiseEvent, shared_event
 from fedfin.privacy.shares import Cohort, ShareScheme, SumShape, make_scheme
 
@@ -79,11 +80,13 @@ def shared_sums(
     privacy, training = plan.privacy, plan.training
     cohort = Cohort(num_lenders, privacy.planned_dropouts, privacy.planned_colluders)
     one_loan = math.sqrt(num_features)
+    # the clipped sum is made in float32, as in mode local, where the noise is larger by the same share
+    one_gradient = privacy.clipping_bound * (1.0 + rounding_share())
     most_loans = max(1.0, training.sample_rate * training.weight_cap)
     return SharedSums(
         cohort,
         SumShape(num_cells, one_loan, training.weight_cap * one_loan),
-        SumShape(num_parameters, privacy.clipping_bound, most_loans * privacy.clipping_bound),
+        SumShape(num_parameters, one_gradient, most_loans * privacy.clipping_bound),
     )
 
 

@@ -20,10 +20,10 @@ from fedfin.privacy.gradients import (
     PrivateEngine,
     SlowGradientWarning,
     binary_cross_entropy,
-    rounding_share,
 )
 from fedfin.privacy.layers import unrecorded_layers
 from fedfin.privacy.noise import SecureNoise, SimulatedNoise
+from fedfin.privacy.rounding import rounding_share
 
 LOGISTIC = Architecture("logistic", 6)
 MLP = Architecture("mlp", 6, (8, 4))

@@ -10,6 +10,7 @@ from scipy import stats
 from fedfin.errors import PrivacyParameterError
 from fedfin.plan import JobPlan, PrivacyPlan
 from fedfin.privacy.accounting import GaussianEvent, borrower_epsilon, calibrate, epsilon_pld, epsilon_rdp
+from fedfin.privacy.rounding import rounding_share
 from fedfin.privacy.shared_accounting import (
     calibrate_shared,
     shared_events,
@@ -231,6 +232,13 @@ def test_the_published_noise_is_that_of_a_trusted_central_run():
     shared = calibrated(job)
     assert central.training_noise_multiplier <= shared.training_noise_multiplier
     assert shared.training_noise_multiplier <= 1.006 * central.training_noise_multiplier
+
+
+def test_a_gradients_sensitivity_covers_the_rounding_of_its_sum_as_the_noise_does_in_mode_local():
+    job = plan()
+    found = sums(job).gradient.sensitivity / job.privacy.clipping_bound
+    assert found == pytest.approx(1.0 + rounding_share(), rel=1e-12)
+    assert found > 1.0004
 
 
 def test_planned_losses_make_every_share_larger():
