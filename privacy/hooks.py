@@ -80,7 +80,8 @@ class Hooked:
         with warnings.catch_warnings(), torch.enable_grad():
             # torch remarks that the inputs need no gradient; only the parameters' gradients are wanted
             warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-            logits = self._hooked(loans)
+            # a copy: the module may overwrite what it gets, and the loans may be the lender's own table
+            logits = self._hooked(loans.clone())
             logits.backward(output_gradients(logits))
         self.last_gradient = np.zeros(sum(parameter.numel() for parameter in self._spans))
         for parameter, span in self._spans.items():

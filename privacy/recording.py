@@ -69,7 +69,8 @@ class Recorder:
                 self._run_chain(self._chain, loans, output_gradients)
             else:
                 with self._layers_replaced(), torch.enable_grad():
-                    output = self._module(loans)
+                    # a copy: the module may overwrite what it gets, and the loans may be the lender's own table
+                    output = self._module(loans.clone())
                     gradients = output_gradients(output)
                     parameters = list(self._spans)
                     require_unused(torch.autograd.grad(output, parameters, gradients, allow_unused=True))

@@ -378,6 +378,15 @@ def test_a_sequence_that_begins_with_a_rectifier_does_not_rectify_the_lenders_ta
     assert_array_equal(loans, random_batch(8)[0])
 
 
+@pytest.mark.parametrize("layer", [nn.Tanh(), nn.PReLU()], ids=["recorded", "hooked"])
+@pytest.mark.filterwarnings("ignore::fedfin.privacy.gradients.SlowGradientWarning")
+def test_a_module_that_overwrites_its_input_does_not_overwrite_the_lenders_table(layer):
+    loans = -np.ones((4, 6), np.float32)
+    module = nn.Sequential(nn.ReLU(inplace=True), layer, nn.Linear(6, 1))
+    PerLoanGradients(module).clipped_sum(loans, np.ones(4, np.int64), 1.0)
+    assert_array_equal(loans, -np.ones((4, 6)))
+
+
 def test_the_sum_follows_the_modules_weights():
     module = random_module(LOGISTIC)
     (loans, labels), per_loan = random_batch(8), PerLoanGradients(module)
@@ -588,6 +597,13 @@ class Drops(nn.Module):
         return functional.dropout(loans, 0.5)
 
 
+class LessTheMeanOfMany(nn.Module):
+    """Mixes the loans of larger batches only."""
+
+    def forward(self, loans):
+        return loans - loans.mean(dim=0) if len(loans) > 2 else loans
+
+
 class Reverses(nn.Module):
     """Puts the loans into another order for its layer: each one's parts of the gradient lie in two rows."""
 
@@ -608,6 +624,7 @@ class Reshapes(nn.Module):
     ("layer", "refusal"),
     [
         (LessTheMean(), "depends on the other loans"),
+        (LessTheMeanOfMany(), "depends on the other loans"),
         (Reverses(), "depends on the other loans"),
         (Drops(), "draws from torch's generator"),
         (Reshapes(), "first dimension must be the loans"),
