@@ -116,12 +116,16 @@ class LenderFolder:
 
     def _charged_jobs(self) -> set[str]:
         """Return the accepted jobs that the ledger must hold: each was reserved before it was accepted."""
-        charged: set[str] = set()
-        for path in self.jobs_path.glob("*/job.json"):
-            accepted = json.loads(path.read_text(encoding="utf-8"))
-            if json.loads(accepted["plan"])["privacy"]["mode"] != "none":
-                charged.add(accepted["job"])
-        return charged
+        return {
+            accepted["job"]
+            for accepted in self.accepted_jobs()
+            if json.loads(accepted["plan"])["privacy"]["mode"] != "none"
+        }
+
+    def accepted_jobs(self) -> list[dict[str, Any]]:
+        """Return what `JobFolder.accepted` does of every job here, by their ids in order; errors likewise."""
+        found = [JobFolder(path.parent).accepted() for path in sorted(self.jobs_path.glob("*/job.json"))]
+        return [accepted for accepted in found if accepted is not None]
 
     def salt(self, *, make: bool = True) -> bytes:
         """Return the lender's secret salt (32 bytes), made at first use: it blinds digests of loans.
@@ -174,12 +178,22 @@ class JobFolder:
     path: Path
 
     def accepted(self) -> dict[str, Any] | None:
-        """Return what was accepted (plan, snapshot, weight), or None."""
+        """Return what was accepted (job, plan, snapshot, weight), or None.
+
+        Raises:
+            ConfigError: The file is damaged.
+        """
+        path = self.path / "job.json"
         try:
-            text = (self.path / "job.json").read_text(encoding="utf-8")
+            accepted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            _ = accepted["job"], json.loads(accepted["plan"])["privacy"]["mode"]
         except FileNotFoundError:
             return None
-        accepted: dict[str, Any] = json.loads(text)
+        except (ValueError, KeyError, TypeError) as error:
+            msg = (
+                f"{path} is damaged; restore it from the backup, or this lender cannot tell what it promised"
+            )
+            raise ConfigError(msg) from error
         return accepted
 
     def accept(self, **fields: str | float | None) -> None:

@@ -50,8 +50,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
             {"model": path.parent.name, **(json.loads(evaluation.read_text()) if evaluation.exists() else {})}
         )
     jobs: list[dict[str, Any]] = []
-    for path in sorted(folder.jobs_path.glob("*/job.json")):
-        accepted = json.loads(path.read_text(encoding="utf-8"))
+    for accepted in folder.accepted_jobs():
         plan = json.loads(accepted["plan"])
         jobs.append(
             {

@@ -86,8 +86,11 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, numeri
 def fail(message: str, *, json_out: bool = False) -> NoReturn:
     """Print an error as one paragraph (or as JSON) and exit 1."""
     if json_out:
-        print_json({"error": message})
-    else:
+        try:
+            print_json({"error": message})
+        except OSError:  # standard output itself is what fails
+            json_out = False
+    if not json_out:
         _errors.print(Text.assemble(("fedfin: ", "bold red"), message))
     raise SystemExit(1)
 

@@ -47,7 +47,7 @@ def ledger(
 
         folder = LenderFolder(config)
         if plot is not None:
-            from fedfin.client.spending_plot import check_path, write_plot
+            from fedfin.client.spending_plot import check_path
 
             check_path(plot)  # before the seconds of adding up
         with open_ledger(folder) as opened:
@@ -62,6 +62,8 @@ def ledger(
                     f"--plot {plot}: {folder.config.name} has spent nothing yet, so there is nothing to draw"
                 )
                 raise ConfigError(msg)
+            from fedfin.client.spending_plot import write_plot
+
             write_plot(spendings, folder.config.name, plot)
         if json_out:
             print_json(

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -490,6 +493,16 @@ def test_a_limit_lowered_until_it_admits_nothing_is_said_in_words_and_valid_json
     printed = fedfin(*command, "--config", bank, "--json").stdout
     assert "Infinity" not in printed
     assert '"share_spent": null' in printed
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_under_the_output_is_one_paragraph():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "fedfin", "privacy", "plan", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_lost_salt_stops_a_plan_where_there_is_a_ledger(bank):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
-from fedfin.errors import LedgerError, LinkError
+from fedfin.errors import ConfigError, LedgerError, LinkError
 from fedfin.plan import PrivacyPlan
 from fedfin.update import Accepted, AskHistogram, Refused, decode, encode
 
@@ -100,6 +100,18 @@ def test_an_old_copy_of_the_ledger_is_not_taken_for_the_ledger(bank, tmp_path):
     shutil.copy(other.parent / "ledger.db", copy)  # as it was before the job
     copy.replace(bank.parent / "ledger.db")
     with pytest.raises(LedgerError, match=f"lacks job {JOB}"):
+        open_lender(bank)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"job": "credit-1234"}', b"\xff"])
+def test_a_damaged_record_of_a_job_stops_every_command_in_one_paragraph(bank, content):
+    (bank.parent / "jobs" / JOB / "job.json").write_bytes(content)
+    for command in (["client", "status"], ["privacy", "ledger"], ["client", "release", JOB]):
+        result = CliRunner().invoke(app, [*command, "--config", str(bank)])
+        assert result.exit_code == 1
+        assert "job.json is damaged; restore it" in result.stderr
+        assert "bug" not in result.stderr
+    with pytest.raises(ConfigError, match="damaged"):
         open_lender(bank)
 
 
