@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fedfin.errors import PrivacyParameterError
+from fedfin.privacy.lower_bounds import clopper_pearson
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,9 +27,11 @@ __all__ = [
     "repeat_check",
     "scale_check",
     "shape_check",
+    "tail_check",
     "within_check",
 ]
 
+_NUM_IN_TAILS: Final = 50
 _MOST_VECTORS: Final = 1000  # of a lender, compared pair by pair; exact repeats are sought among all
 
 
@@ -121,6 +124,29 @@ def shape_check(noise: "NDArray[np.float64]", error: float) -> Check:
     allowed = math.sqrt(math.log(2.0 / error) / (2.0 * num))
     text = f"the noise's distribution is {distance:.5f} from the Gaussian; up to {allowed:.5f} is chance"
     return Check("noise shape", distance <= allowed, distance, allowed, text)
+
+
+def tail_check(noise: "NDArray[np.float64]", error: float) -> Check:
+    """Check that the noise reaches as far out as a Gaussian does: what delta stands for lies there.
+
+    Noise cut off at three standard deviations has almost the scale and the shape of whole noise.
+
+    Args:
+        noise: Any shape, over the planned standard deviation; at least 100 values.
+        error: Chance that honest noise fails, in (0, 1).
+
+    Source: Clopper & Pearson 1934, at the level beyond which 50 values are expected.
+    """
+    num = _enough(noise)
+    chance = _NUM_IN_TAILS / num
+    level = NormalDist().inv_cdf(1.0 - chance / 2.0)
+    count = int((np.abs(noise) > level).sum())
+    low, high = clopper_pearson(count, num, error / 2.0)
+    text = (
+        f"{count} of {num} values of the noise are more than {level:.2f} standard deviations out; {_NUM_IN_TAILS} are"
+        " expected"
+    )
+    return Check("noise tails", low <= chance <= high, float(count), float(_NUM_IN_TAILS), text)
 
 
 def repeat_check(lenders: "Sequence[NDArray[np.float64]]") -> Check:

@@ -126,6 +126,14 @@ def test_clipping_each_layer_to_the_bound_fails_where_the_plans_bound_clips_noth
     assert "clipping, exact" in failed(audit(architecture=MLP))
 
 
+def test_noise_cut_off_at_three_standard_deviations_fails():
+    class CutOff(Around):
+        def normal(self, size, stddev):
+            return np.clip(super().normal(size, stddev), -3.0 * stddev, 3.0 * stddev)
+
+    assert failed(audit(source=CutOff)) == {"noise tails"}
+
+
 @pytest.mark.parametrize("factor", [0.0, 0.4])
 @pytest.mark.parametrize("position", [0, -1])
 @pytest.mark.parametrize("architecture", [LOGISTIC, MLP])
@@ -331,6 +339,7 @@ def test_the_report_says_what_was_claimed_measured_and_assumed():
         "noise across lenders",
         "noise at any distance",
         "noise everywhere",
+        "noise tails",
         "draws in two steps",
         "batch sizes",
     }
