@@ -31,6 +31,23 @@ _ZEROS = bytes(8 * _WORDS * _PAIRS)  # what is encrypted: the keystream itself c
 _TAIL = 15  # update_into asks for room for a block of AES less one byte beyond the data
 
 
+_num_forks = 0  # between this process and the one that imported this module
+
+
+def _count_fork() -> None:
+    global _num_forks  # noqa: PLW0603  (one per process, as its number is)
+    _num_forks += 1
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_count_fork)
+
+
+def _process() -> tuple[int, int]:
+    # the number alone can be the parent's: in a namespace of its own, or used again after the parent's end
+    return os.getpid(), _num_forks
+
+
 class NoiseSource(Protocol):
     """Where noise and batches come from; an argument of everything that draws."""
 
@@ -55,7 +72,7 @@ class SecureNoise:
     serves one thread.
     """
 
-    __slots__ = ("_keystream", "_pid")
+    __slots__ = ("_keystream", "_process")
 
     def __init__(self) -> None:
         self._rekey()
@@ -157,7 +174,7 @@ class SecureNoise:
 
     def _words(self, num: int, stream: NDArray[np.uint8]) -> NDArray[np.uint64]:
         """Return uniform 64-bit words, shape (num,), written into `stream`, which has `_TAIL` bytes more."""
-        if os.getpid() != self._pid:
+        if _process() != self._process:
             self._rekey()
         zeros, room = memoryview(_ZEROS), stream.data
         for start in range(0, 8 * num, len(_ZEROS)):
@@ -166,7 +183,7 @@ class SecureNoise:
 
     def _rekey(self) -> None:
         self._keystream: CipherContext = Cipher(AES(secrets.token_bytes(32)), CTR(bytes(16))).encryptor()
-        self._pid = os.getpid()
+        self._process = _process()
 
 
 @final

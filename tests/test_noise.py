@@ -127,7 +127,11 @@ def test_a_seed_cannot_be_passed():
         SecureNoise(7)
 
 
-def test_a_forked_child_draws_other_noise_than_its_parent():
+@pytest.mark.parametrize("same_number", [False, True])
+def test_a_forked_child_draws_other_noise_than_its_parent(monkeypatch, same_number):
+    """Also one that has the parent's process number, as in a namespace of its own."""
+    if same_number:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
     noise = SecureNoise()
     noise.normal(1, 1.0)
     reader, writer = os.pipe()
