@@ -156,6 +156,8 @@ def _show_spending(spending: "Spending") -> None:
         names = ", ".join(name[:12] for name in budget.others)
         say(f"Some of these loans were in other snapshots too, and inherit what those spent: {names}.")
     console.print()
+    # what is the same in every line stands in the title, or not at all: a terminal has 80 columns
+    mechanisms = sorted({event.mechanism for charge in spending.charges for event in charge.entry.events})
     rows = []
     for charge in spending.charges:
         entry = charge.entry
@@ -167,20 +169,20 @@ def _show_spending(spending: "Spending") -> None:
                     entry.utc[:16].replace("T", " "),
                     entry.job_id,
                     entry.stage,
-                    event.mechanism,
                     f"{event.noise_multiplier:.4g}",
-                    f"{event.sample_rate:g}",
+                    f"{event.sample_rate:g}" if event.sample_rate < 1.0 else "-",
                     str(event.count),
                     f"{charge.epsilon_rdp:.3f}" if last else "",
                     "" if charge.epsilon_pld is None or not last else f"{charge.epsilon_pld:.3f}",
+                    event.mechanism if len(mechanisms) > 1 else "-",
                     inherited,
                 ]
             )
     print_table(
-        "releases, and epsilon of all up to each",
-        ["UTC", "job", "stage", "mechanism", "noise", "rate", "count", "RDP", "PLD", "inherited from"],
+        f"releases ({', '.join(mechanisms)}), and epsilon of all up to each",
+        ["UTC", "job", "stage", "noise", "rate", "count", "RDP", "PLD", "mechanism", "inherited from"],
         rows,
-        numeric_from=4,
+        numeric_from=3,
     )
     if any(charge.epsilon_pld is None for charge in spending.charges):
         say("PLD takes long to compute: with so many releases it stands beside some only, and the last.")
