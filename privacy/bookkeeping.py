@@ -33,6 +33,8 @@ _LARGEST_SQUARE: Final = 1e12
 _LARGEST_SUM: Final = 1e30
 _SMALLEST_BOUND: Final = 1e-8  # such squares are nothing beside the square of this
 _LARGEST_CANCELLATION: Final = 16.0**2  # of the squared sum of a loan's terms over the square of its gradient
+_NARROW: Final = 16  # of a matrix product that is made row after row
+_ROWS_AT_ONCE: Final = 32
 _COLUMNS_AT_ONCE: Final = 1024  # a float32 sum of many squares drifts: 4e-4 of a norm at a million values
 
 
@@ -73,7 +75,7 @@ class Blocks:
 
     def sums(self, factors: Tensor) -> list[Sum]:
         """See `Book`."""
-        return [(span, factors @ block) for span, block in self.blocks]
+        return [(span, _product(factors[:, None], block)) for span, block in self.blocks]
 
     def take(self, loans: Tensor) -> "Blocks":
         """See `Book`."""
@@ -122,10 +124,9 @@ class Products:
         weighted = self.gradients.mul_(weights) if self.owned else self.gradients * weights
         sums: list[Sum] = []
         if self.weight is not None:
-            # in this order as torch's own backward pass does: the other one takes up to twice as long
-            sums.append((self.weight, torch.mm(self.activations.t(), weighted).t()))
+            sums.append((self.weight, _product(weighted, self.activations)))
         if self.bias is not None:
-            sums.append((self.bias, weighted.sum(0)))
+            sums.append((self.bias, _sum(weighted)))
         return sums
 
     def take(self, loans: Tensor) -> "Products":
@@ -176,9 +177,9 @@ class Sequences:
         weighted = (self.gradients * factors[:, None, None]).flatten(0, 1)
         sums: list[Sum] = []
         if self.weight is not None:
-            sums.append((self.weight, torch.mm(self.activations.flatten(0, 1).t(), weighted).t()))
+            sums.append((self.weight, _product(weighted, self.activations.flatten(0, 1))))
         if self.bias is not None:
-            sums.append((self.bias, weighted.sum(0)))
+            sums.append((self.bias, _sum(weighted)))
         return sums
 
     def take(self, loans: Tensor) -> Blocks:
@@ -264,6 +265,26 @@ def row_norms(block: Tensor) -> Tensor:
     # faster than the root of (block * block).sum(1): no block of squares is written
     norms: Tensor = torch.linalg.vector_norm(block, dim=1)
     return norms
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the sum over the rows of their outer products, shape (columns of left, columns of right).
+
+    A narrow product is made row after row, so that a sum near the bound times the loans is rounded as often as there
+    are loans: batches can be built in which one loan then changes a quarter of a bound too much. So it is made of a
+    few rows at a time, and these sums are added in float64; a wide product is made in blocks by itself.
+    """
+    if min(left.shape[1], right.shape[1]) >= _NARROW:
+        # in this order as torch's own backward pass does: the other one takes up to twice as long
+        return torch.mm(right.t(), left).t()
+    whole = len(left) - len(left) % _ROWS_AT_ONCE
+    of_left = left[:whole].reshape(-1, _ROWS_AT_ONCE, left.shape[1])
+    of_right = right[:whole].reshape(-1, _ROWS_AT_ONCE, right.shape[1])
+    return torch.bmm(of_left.mT, of_right).sum(0, dtype=torch.float64).add_(left[whole:].mT @ right[whole:])
+
+
+def _sum(rows: Tensor) -> Tensor:
+    return _product(rows.new_ones(len(rows), 1), rows)[0]
 
 
 def _squares(block: Tensor) -> NDArray[np.float64]:

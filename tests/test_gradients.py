@@ -336,6 +336,43 @@ def test_the_larger_noise_covers_what_rounding_adds_to_a_loans_change(num, same)
         assert change <= 1e-3 * (1 + rounding_share(num))
 
 
+class Reshaped(nn.Module):
+    """A convolution over a sequence of one: its gradients are kept for each loan, as LayerNorm's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv1d(1, 64, 1, bias=False)
+
+    def forward(self, loans):
+        return self.layer(loans[:, None]).flatten(1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "num"),
+    [
+        (nn.Sequential(nn.Linear(1, 1, bias=False)), 4096),
+        (nn.Sequential(nn.Linear(1, 8, bias=False), nn.Linear(8, 1, bias=False)), 4096),
+        (Reshaped(), 512),
+    ],
+    ids=["narrow", "two layers", "blocks"],
+)
+def test_a_batch_built_to_be_rounded_one_way_is_covered_too(module, num):
+    """Half of the loans at the bound, then as many of just above half a unit in the last place of their sum.
+
+    With one loan less at the beginning every later addition is rounded in another place: a quarter of a bound in all,
+    for 4096 loans, where a float32 sum is made loan after loan.
+    """
+    for parameter in module.parameters():
+        nn.init.ones_(parameter)
+    nn.init.zeros_(list(module.parameters())[-1])  # so that the others have no gradient
+    loans = np.full((num, 1), 2.0, np.float32)
+    loans[num // 2 :] = 1.02 * np.spacing(np.float32(num // 2))
+    labels, per_loan = np.zeros(num, np.int64), PerLoanGradients(module)
+    bound = float(np.linalg.norm(per_loan.clipped_sum(loans[:1], labels[:1], 1e9)))
+    change = per_loan.clipped_sum(loans, labels, bound) - per_loan.clipped_sum(loans[1:], labels[1:], bound)
+    assert np.linalg.norm(change) <= bound * (1 + rounding_share())
+
+
 def test_the_larger_noise_covers_a_whole_pass_where_few_loans_are_expected():
     """A lender of any size may count for as few loans as training.weight_cap says."""
     assert rounding_share(1.0) == rounding_share(4096.0) == pytest.approx(4104 / 2**23)
