@@ -9,6 +9,11 @@ from postgres import PostgresServer, find_initdb, running, unprivileged_user
 # Before torch is imported: default threading is up to 100 times slower where processes outnumber cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Rich keeps the width that stands in COLUMNS when the console is made; a test's own COLUMNS must decide, whichever
+# test of the process comes first.
+os.environ.pop("COLUMNS", None)
+import fedfin.cli_output  # noqa: E402, F401
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:

@@ -151,7 +151,8 @@ def test_rounding_takes_what_the_sensitivity_adds_for_it():
 def test_a_scheme_has_the_noise_it_was_asked_for_and_fills_the_ring_without_wrapping(scheme):
     largest = scheme.cohort.num_lenders * scheme.largest_answer
     assert largest <= 2**31 - 1
-    assert largest >= 0.99 * (2**31 - 1) or scheme.share_stddev == MAX_STDDEV
+    # the share's deviation is a whole number: where that is small, the next scale is a step of 1 / stddev away
+    assert largest >= (0.99 - 1.0 / scheme.share_stddev) * (2**31 - 1) or scheme.share_stddev == MAX_STDDEV
     # what the planned shares give, over the sensitivity after rounding
     noise = scheme.share_stddev * math.sqrt(scheme.cohort.num_shares) / scheme.sensitivity
     assert scheme.noise_multiplier == noise
