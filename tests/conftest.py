@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Rich keeps the width that stands in COLUMNS when the console is made; a test's own COLUMNS must decide, whichever
 # test of the process comes first.
 os.environ.pop("COLUMNS", None)
-import fedfin.cli_output  # noqa: E402, F401
+import fedfin.cli_output  # noqa: F401
 
 
 @pytest.fixture(scope="session")
