@@ -203,10 +203,18 @@ class JobPlan(Section):
             )
             raise ValueError(msg)
         if privacy.mode == "shared" and (training.local_steps != 1 or training.weighting != "size"):
+            wrong = [
+                f"training.{key} to {wanted} (it is {found})"
+                for key, wanted, found in (
+                    ("local_steps", 1, training.local_steps),
+                    ("weighting", "size", training.weighting),
+                )
+                if wanted != found
+            ]
             msg = (
                 "privacy.mode shared publishes one sum of clipped gradients a round, of all loans alike; set"
-                f" training.local_steps to 1 (it is {training.local_steps}), training.weighting to size (it is"
-                f" {training.weighting}), and take more rounds instead"
+                f" {' and '.join(wrong)}, and take more rounds instead. Only `fedfin.simulation.shared` runs this mode"
+                " until secure aggregation is built: a real federation refuses it"
             )
             raise ValueError(msg)
         return self

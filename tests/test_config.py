@@ -129,7 +129,7 @@ def test_a_key_given_twice_is_refused_with_its_line(text, model, line):
         ),
         (
             f"{FEDERATION}job: {{privacy: {{mode: shared}}}}\n",
-            "set training.local_steps to 1 (it is 10), training.weighting to size (it is size)",
+            "set training.local_steps to 1 (it is 10), and take more rounds",
         ),
     ],
 )
