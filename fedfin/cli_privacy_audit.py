@@ -1,12 +1,13 @@
 """`fedfin privacy audit`: does the guarantee hold against an attack on the very code that gives it?"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Final, Self
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedfin.cli_output import DebugOption, JsonOption, console, guarded, print_json, print_table, say
+from fedfin.cli_privacy_job import JOB_HELP, chosen_plan
 from fedfin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["EPILOG", "audit"]
 
 EPILOG: Final = "Example:  fedfin privacy audit --epsilon 4"
-_OPTIONS: Final = {"privacy.epsilon": "--epsilon", "training.rounds": "--rounds", "model.kind": "--model"}
 
 
 def audit(
@@ -31,10 +31,7 @@ def audit(
         ),
     ] = None,
     job: Annotated[
-        Path | None,
-        typer.Option(
-            "--job", help="Take the plan from a federation.yaml.", show_default=False, dir_okay=False
-        ),
+        str | None, typer.Option("--job", help=JOB_HELP, show_default=False, metavar="FILE|ID")
     ] = None,
     epsilon: Annotated[
         float | None, typer.Option("--epsilon", help="Epsilon of the whole job; default: the plan's.")
@@ -69,7 +66,8 @@ def audit(
         from fedfin.client.preparation import prepare
         from fedfin.simulation.partition import demo_loans
 
-        plan = _plan(job, {"privacy.epsilon": epsilon, "training.rounds": rounds, "model.kind": model})
+        changes = {"privacy.epsilon": epsilon, "training.rounds": rounds, "model.kind": model}
+        plan, _ = chosen_plan(job, config, changes)
         if config is None:
             whose, (loans, schema) = "the demo's", demo_loans()
         else:
@@ -107,29 +105,6 @@ class _Bar:
 
     def show(self, done: int, total: int) -> None:
         self._progress.update(self._task, completed=done, total=total)
-
-
-def _plan(job: Path | None, changes: dict[str, Any]) -> "JobPlan":
-    from pydantic import ValidationError
-
-    from fedfin.config import FederationConfig
-    from fedfin.parsing import load_config
-    from fedfin.plan import JobPlan
-
-    stated = JobPlan() if job is None else load_config(job, FederationConfig).job
-    document = stated.model_dump()
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        if value is not None:
-            document[section][name] = value
-    try:
-        return JobPlan.model_validate(document)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        text = first["msg"].removeprefix("Value error, ")
-        msg = f"{_OPTIONS.get(key, key)} is {first['input']!r}: {text[0].lower()}{text[1:]}"
-        raise ConfigError(msg) from None
 
 
 def _show(report: "AuditReport", plan: "JobPlan", whose: str) -> None:

@@ -1,32 +1,22 @@
 """`fedfin privacy plan`: what a job would cost, before anything is spent."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedfin.cli_output import DebugOption, JsonOption, console, guarded, print_json, print_table, say
+from fedfin.cli_privacy_job import JOB_HELP, chosen_plan
 from fedfin.cli_privacy_ledger import RELATION, epsilon_row, show_bar
-from fedfin.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedfin.client.planning import Answer, Setting, View
     from fedfin.credit.metrics import Interval
-    from fedfin.plan import JobPlan
 
 __all__ = ["EPILOG", "plan"]
 
 EPILOG: Final = "Example:  fedfin privacy plan --config north-bank/bank.yaml --epsilon 3 --rounds 20"
-_LENDERS: Final = 5
-_OPTIONS: Final = {
-    "privacy.epsilon": "--epsilon",
-    "privacy.delta": "--delta",
-    "training.rounds": "--rounds",
-    "training.local_steps": "--local-steps",
-    "training.sample_rate": "--sample-rate",
-    "model.kind": "--model",
-}
 
 
 def plan(
@@ -37,8 +27,7 @@ def plan(
         ),
     ] = None,
     job: Annotated[
-        Path | None,
-        typer.Option("--job", help="Take the plan from a federation.yaml.", show_default=False),
+        str | None, typer.Option("--job", help=JOB_HELP, show_default=False, metavar="FILE|ID")
     ] = None,
     epsilon: Annotated[
         float | None, typer.Option("--epsilon", help="Epsilon of the whole job; default: the plan's.")
@@ -89,7 +78,7 @@ def plan(
             "training.sample_rate": sample_rate,
             "model.kind": model,
         }
-        job_plan, num_lenders = _job_plan(job, lenders, changes)
+        job_plan, num_lenders = chosen_plan(job, config, changes, lenders)
         if config is None:
             answer = answer_for_anyone(job_plan, with_sweep=sweep)
         else:
@@ -120,43 +109,6 @@ def plan(
             raise SystemExit(1)
 
     guarded(work, json_out=json_out, debug=debug)
-
-
-def _job_plan(job: Path | None, lenders: int | None, changes: dict[str, Any]) -> "tuple[JobPlan, int]":
-    """Return the job to plan for, and the number of lenders in the estimate for a federation."""
-    from pydantic import ValidationError
-
-    from fedfin.config import FederationConfig
-    from fedfin.parsing import load_config
-    from fedfin.plan import JobPlan
-
-    if job is None:
-        num_lenders = lenders or _LENDERS
-        document = {
-            "cohort": {"min_lenders": max(2, num_lenders)},
-            "model": {},
-            "training": {},
-            "privacy": {},
-        }
-    else:
-        if not job.exists():
-            msg = f"{job} does not exist; give the coordinator's federation.yaml with --job"
-            raise ConfigError(msg)
-        stated = load_config(job, FederationConfig).job
-        num_lenders = lenders or stated.cohort.wait_for or stated.cohort.min_lenders
-        document = stated.model_dump()
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        if value is not None:
-            document[section][name] = value
-    try:
-        return JobPlan.model_validate(document), num_lenders
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        text = first["msg"].removeprefix("Value error, ")
-        said = f"{_OPTIONS.get(key, key)} is {first['input']!r}: " if key else ""
-        raise ConfigError(f"{said}{text[0].lower()}{text[1:]}") from None
 
 
 def _show_plan(answer: "Answer") -> None:

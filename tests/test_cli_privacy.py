@@ -123,6 +123,38 @@ def test_the_plan_may_come_from_the_coordinators_file_and_be_changed(tmp_path):
     assert told["plan"]["privacy"]["epsilon"] == 1.5
 
 
+@pytest.mark.parametrize("named", [JOB, "job.json"])
+def test_the_plan_may_be_that_of_a_job_that_this_lender_accepted(used, named):
+    job = used.parent / "jobs" / JOB / "job.json" if named == "job.json" else named
+    before = contents(used.parent)
+    told = document("plan", "--config", used, "--job", job, "--epsilon", 0.5, "--no-auc")
+    assert contents(used.parent) == before
+    ran = PLAN.model_dump(mode="json", include={"model", "training", "privacy"})
+    assert told["plan"] == {**ran, "privacy": {**ran["privacy"], "epsilon": 0.5}}
+
+
+def test_a_job_json_is_enough_where_there_is_no_lender(used):
+    told = document("plan", "--job", used.parent / "jobs" / JOB / "job.json")
+    assert told["plan"]["training"]["rounds"] == PLAN.training.rounds
+
+
+def test_an_unknown_job_is_refused_with_those_that_were_accepted(used, bank):
+    for unknown in ("credit-9999", f"../jobs/{JOB}"):
+        done = fedfin("plan", "--config", used, "--job", unknown, "--no-auc")
+        assert done.exit_code == 1
+        assert f"--job {unknown} does not exist" in done.stderr
+        assert f"it accepted {JOB}" in done.stderr
+    assert "it accepted none yet" in fedfin("plan", "--config", bank, "--job", JOB).stderr
+
+
+def test_a_job_whose_plan_no_longer_fits_is_refused_by_its_file(tmp_path):
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps({"job": JOB, "plan": json.dumps({"privacy": {"mode": "quantum"}})}))
+    done = fedfin("plan", "--job", path)
+    assert done.exit_code == 1
+    assert "job.json holds no plan that this release of fedfin knows" in done.stderr
+
+
 def test_a_sweep_gives_the_noise_at_each_epsilon():
     sweep = document("plan", *QUICK, "--sweep")["sweep"]
     assert [row["epsilon"] for row in sweep] == [0.5, 1.0, 2.0, 3.0, 5.0, 8.0]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import typer
-from lenders import JOB, lender_folder, schema
+from lenders import JOB, lender_folder, open_lender, proposal, schema
 from typer.testing import CliRunner
 
 import fedfin.client.twin
@@ -51,6 +51,18 @@ def test_a_lenders_own_loans_are_audited_and_its_folder_stays_as_it_is(tmp_path)
     assert (document["loans"], document["passed"]) == ("north-bank", True)
     assert document["epsilon_measured"] <= document["claim_pld"] <= document["claim_rdp"] <= 30
     assert everything_in(bank.parent) == before
+
+
+def test_the_plan_of_an_accepted_job_is_audited_by_its_id(tmp_path):
+    bank = lender_folder(tmp_path / "north-bank")
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    lender.close()
+    shown = run("--config", bank, "--job", JOB, "--epsilon", "30")
+    assert shown.exit_code == 0, shown.output
+    assert "3 rounds of 2 steps, sample rate 0.5, epsilon 30 at delta 1e-05, on north-bank's" in shown.output
+    unknown = run("--config", bank, "--job", "credit-9999")
+    assert (unknown.exit_code, f"it accepted {JOB}" in unknown.output) == (1, True)
 
 
 def test_a_fault_in_the_training_ends_with_exit_1_and_says_which(monkeypatch):
