@@ -26,7 +26,7 @@ from fedfin.privacy.accounting import (
 from fedfin.privacy.ledger import Budget, Ledger
 from fedfin.privacy.snapshot import Snapshot
 
-__all__ = ["Epsilon", "JobCost", "Standing", "cost_of", "refusals", "standing"]
+__all__ = ["Epsilon", "JobCost", "Standing", "cost_of", "refusals", "standing", "why_nothing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class Standing:
 
     Attributes:
         snapshot: Digest of the present training loans.
+        delta: The lender's own, `policy.max_delta`, at which the epsilons here are given.
         is_known: Whether a job was ever reserved on exactly these loans.
         spent: What has left of these loans, of other snapshots that hold them too.
         reserved: What open jobs still hold.
@@ -78,6 +79,7 @@ class Standing:
     """
 
     snapshot: str
+    delta: float
     is_known: bool
     spent: Epsilon
     reserved: Epsilon
@@ -142,6 +144,7 @@ def standing(ledger: Ledger | None, snapshot: Snapshot, cost: JobCost, policy: L
         budget = None
     return Standing(
         snapshot=snapshot.digest,
+        delta=delta,
         is_known=snapshot.digest in ledger.snapshots(),
         spent=Epsilon(spent.epsilon_rdp, spent.epsilon_pld),
         reserved=Epsilon(reserved.epsilon_rdp, reserved.epsilon_pld),
@@ -150,15 +153,13 @@ def standing(ledger: Ledger | None, snapshot: Snapshot, cost: JobCost, policy: L
     )
 
 
-def refusals(
-    plan: JobPlan, policy: LenderPolicy, budget: Budget | None, num_parameters: int
-) -> tuple[str, ...]:
+def refusals(plan: JobPlan, policy: LenderPolicy, now: Standing, num_parameters: int) -> tuple[str, ...]:
     """Return why this lender would refuse the job, one sentence for each reason; none where it would accept.
 
     Args:
         plan: The job.
         policy: The lender's.
-        budget: From `Standing`.
+        now: From `standing`.
         num_parameters: Of the plan's model over this lender's own bins.
     """
     found: list[str] = []
@@ -167,11 +168,14 @@ def refusals(
         check_size(num_parameters, policy)
     except PolicyRefusalError as error:
         found.append(str(error))
-    if budget is None or not budget.capacity > 0.0:
+    budget = now.budget
+    if budget is None:
         found.append(
             f"policy.epsilon_limit {policy.epsilon_limit:g} at policy.max_delta {policy.max_delta:g} leaves no room"
             " for any release; ask the data officer to raise it"
         )
+    elif not budget.capacity > 0.0:
+        found.append(f"policy.{why_nothing(budget, now.spent)}; ask the data officer to raise it")
     elif not budget.fits:
         before = budget.share(budget.spent + budget.reserved)
         found.append(
@@ -180,6 +184,25 @@ def refusals(
             " limit"
         )
     return tuple(found)
+
+
+def why_nothing(budget: Budget, spent: Epsilon) -> str:
+    """Say why a limit admits nothing at the order of an account: the limit was higher when it was opened.
+
+    Args:
+        budget: With a `capacity` of 0 or below.
+        spent: What has left of these loans.
+    """
+    account = budget.account
+    text = (
+        f"epsilon_limit {budget.epsilon_limit:g} admits nothing: these loans' account is held at Renyi order"
+        f" {account.order:g} since their first job, and at this order and delta {account.delta:g} a limit below about"
+        f" {budget.least_limit:.4g} admits nothing"
+    )
+    if not spent.rdp > 0.0:
+        return text
+    over = ", over the limit" if spent.rdp > budget.epsilon_limit else ""
+    return f"{text}; epsilon {spent.rdp:.3f} by RDP ({spent.pld:.3f} by PLD) is spent already{over}"
 
 
 def _epsilon(events: Sequence[Event], delta: float) -> Epsilon:

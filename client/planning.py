@@ -132,7 +132,7 @@ def answer_for_lender(
         num_holdout=len(loans.holdout),
         num_bad_holdout=int(loans.holdout.labels.sum()),
         standing=budget,
-        refusals=refusals(plan, policy, budget.budget, model_size(loans, plan)),
+        refusals=refusals(plan, policy, budget, model_size(loans, plan)),
         baseline=baseline,
         forecast=forecast_at(plan, cost.noise),
     )
@@ -187,6 +187,7 @@ def _view_to_json(view: View, seeds: int) -> dict[str, Any]:
         "refusals": list(view.refusals),
         "budget": {
             "snapshot": now.snapshot,
+            "delta": now.delta,
             "is_known": now.is_known,
             "spent": asdict(now.spent),
             "reserved": asdict(now.reserved),

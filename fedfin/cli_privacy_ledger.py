@@ -88,13 +88,12 @@ def ledger(
     guarded(work, json_out=json_out, debug=debug)
 
 
-def show_bar(parts: list[tuple[str, float, str]], budget: "Budget") -> None:
+def show_bar(parts: list[tuple[str, float, str]], budget: "Budget", spent: "Epsilon") -> None:
     """Print what the limit admits as a bar, and its parts in words: of one loan's Renyi divergence they add up."""
     if not budget.capacity > 0.0:
-        say(
-            f"epsilon_limit {budget.epsilon_limit:g} admits nothing at delta {budget.account.delta:g}",
-            style="red",
-        )
+        from fedfin.client.budgeting import why_nothing
+
+        say(why_nothing(budget, spent), style="red")
         return
     bar, words = Text(), []
     cells = 0.0
@@ -134,7 +133,7 @@ def _show_spending(spending: "Spending") -> None:
         )
         for number, job in enumerate(spending.jobs)
     ]
-    show_bar([*parts, ("reserved", budget.share(budget.reserved), "bright_black")], budget)
+    show_bar([*parts, ("reserved", budget.share(budget.reserved), "bright_black")], budget, spending.spent)
     print_table(
         f"epsilon at delta {spending.delta:g}, {RELATION}",
         ["", "RDP", "PLD"],

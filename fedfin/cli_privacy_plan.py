@@ -157,6 +157,12 @@ def _show_view(view: "View") -> None:
     now = view.standing
     new = "" if now.is_known else ", no job on exactly these loans yet"
     say(f"budget of your {view.num_train} training loans, snapshot {now.snapshot[:12]}{new}", style="bold")
+    if not now.is_known and max(now.spent.rdp, now.reserved.rdp) > 0.0:
+        others = () if now.budget is None else now.budget.others
+        names = f": {', '.join(name[:12] for name in others)}" if others else ""
+        say(
+            f"All that is spent or reserved is inherited from earlier snapshots that hold some of them{names}."
+        )
     if now.budget is not None:
         budget = now.budget
         show_bar(
@@ -166,9 +172,10 @@ def _show_view(view: "View") -> None:
                 ("this job", budget.share(budget.asked), "blue"),
             ],
             budget,
+            now.spent,
         )
     print_table(
-        "",
+        f"epsilon at your policy's delta {now.delta:g}, {RELATION}",
         ["", "RDP", "PLD"],
         [
             epsilon_row(name, epsilon)
@@ -186,7 +193,7 @@ def _show_view(view: "View") -> None:
         f"AUROC on your {view.num_holdout} held-out loans ({view.num_bad_holdout} bad), with simulated noise",
         ["", "AUROC", "loss", "95%, over the noise"],
         [
-            ["you alone, without privacy", f"{view.baseline.auroc:.3f}", "-", "-"],
+            ["plan's model, you alone, no privacy", f"{view.baseline.auroc:.3f}", "-", "-"],
             [
                 "clipping, no noise",
                 f"{view.baseline.clipped_auroc:.3f}",
@@ -212,6 +219,10 @@ def _show_view(view: "View") -> None:
                 _interval(forecast.federation_high),
             ],
         ],
+    )
+    say(
+        "You alone is the plan's own model here, on these loans; the `alone` of `fedfin client status` and of the demo"
+        " is the better of two model families by cross-validation, so the two may differ."
     )
     say(
         f"Other held-out loans could move the loss by {forecast.held_out_margin:.3f} either way. The federation is an"

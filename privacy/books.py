@@ -12,7 +12,7 @@ from typing import TypeAlias
 from fedfin.errors import PrivacyParameterError
 from fedfin.privacy.accounting import epsilon_pld, epsilon_rdp
 from fedfin.privacy.events import Event, Gap, GaussianEvent, gap_of, merge_events
-from fedfin.privacy.filter import Account, capacity, divergence, filter_epsilon, open_account
+from fedfin.privacy.filter import Account, capacity, divergence, filter_epsilon, least_limit, open_account
 from fedfin.privacy.ledger_file import Entry
 
 __all__ = [
@@ -65,6 +65,11 @@ class Budget:
     def epsilon(self) -> float:
         """What is spent, reserved and asked, as the filter's epsilon: the job fits up to `epsilon_limit`."""
         return filter_epsilon(self.account, self.spent + self.reserved + self.asked, self.gap)
+
+    @property
+    def least_limit(self) -> float:
+        """The epsilon at or below which a limit would admit nothing at the account's order."""
+        return least_limit(self.account, self.gap)
 
     @property
     def fits(self) -> bool:

@@ -14,7 +14,7 @@ from fedfin.errors import BudgetSpentError, PrivacyParameterError
 from fedfin.privacy.accounting import ORDERS, checked_delta, divergences
 from fedfin.privacy.events import Event, Gap, gap_of
 
-__all__ = ["Account", "capacity", "divergence", "filter_epsilon", "open_account"]
+__all__ = ["Account", "capacity", "divergence", "filter_epsilon", "least_limit", "open_account"]
 
 _NO_GAP = Gap()
 
@@ -83,6 +83,12 @@ def capacity(account: Account, epsilon_limit: float, gap: Gap = _NO_GAP) -> floa
     """
     left = gap.delta_left(account.delta)
     return gap.continuous(epsilon_limit) - _conversion(account.order, left) if left > 0.0 else -math.inf
+
+
+def least_limit(account: Account, gap: Gap = _NO_GAP) -> float:
+    """Return the epsilon at or below which a limit admits nothing at the account's order; inf: no limit admits any."""
+    left = gap.delta_left(account.delta)
+    return gap.epsilon(_conversion(account.order, left)) if left > 0.0 else math.inf
 
 
 def filter_epsilon(account: Account, spent: float, gap: Gap = _NO_GAP) -> float:

@@ -215,6 +215,7 @@ def test_looking_at_a_fresh_lender_makes_nothing_and_spends_nothing(bank):
     assert contents(bank.parent) == before
     assert told["would_accept"]
     assert told["budget"]["spent"] == {"rdp": 0.0, "pld": 0.0}
+    assert "inherited" not in fedfin("plan", "--config", bank, *QUICK, "--no-auc").stdout
     limit = told["budget"]["filter"]
     assert limit["share_asked"] + limit["share_left"] == pytest.approx(1.0)
     assert limit["epsilon"] == pytest.approx(told["budget"]["after"]["rdp"])
@@ -241,6 +242,15 @@ def test_a_plan_is_held_against_what_was_spent_and_reserved_and_leaves_the_ledge
     assert min(shares) > 0.0
 
 
+def test_the_budget_is_held_at_the_lenders_delta_and_says_so(bank):
+    asked = ("--config", bank, "--delta", 1e-6, *QUICK, "--no-auc")
+    told = document("plan", *asked)
+    assert (told["delta"], told["lender"]["budget"]["delta"]) == (1e-6, 1e-5)
+    shown = fedfin("plan", *asked).stdout
+    assert "epsilon at delta 1e-06, for tables that differ by one loan" in shown
+    assert "epsilon at your policy's delta 1e-05, for tables that differ by one loan" in shown
+
+
 def test_rows_that_stood_in_an_earlier_table_bring_its_spend_along(bank):
     run_job(bank)
     without_rows(bank, 20)
@@ -252,6 +262,12 @@ def test_rows_that_stood_in_an_earlier_table_bring_its_spend_along(bank):
     assert budget["snapshot"] != earlier
     assert budget["spent"]["pld"] == spent.epsilon_pld
     assert budget["filter"]["others"] == [earlier]
+    shown = fedfin("plan", "--config", bank, *QUICK, "--no-auc").stdout
+    assert "no job on exactly these loans yet" in shown
+    assert (
+        "All that is spent or reserved is inherited from earlier snapshots that hold some of them:"
+        f" {earlier[:12]}." in shown
+    )
 
 
 @pytest.mark.parametrize(("epsilon", "accepts"), [(0.5, True), (2.9, False)])
@@ -346,6 +362,7 @@ def test_the_forecast_is_repeatable_says_simulated_and_names_its_loans(bank):
     shown = fedfin("plan", "--config", bank, *QUICK).stdout
     assert f"{len(loans.holdout)} held-out loans" in shown
     assert "simulated noise" in shown
+    assert "You alone is the plan's own model here" in shown
 
 
 def test_attention_is_forecast_from_fewer_draws_of_the_noise(bank):
@@ -521,8 +538,21 @@ def test_a_limit_lowered_until_it_admits_nothing_is_said_in_words_and_valid_json
     config = yaml.safe_load(bank.read_text())
     bank.write_text(yaml.safe_dump({**config, "policy": {"epsilon_limit": 0.01}}))
     done = fedfin(*command, "--config", bank)
-    assert "admits nothing" in done.stdout
-    assert "inf" not in done.stdout
+    shown = " ".join(done.stdout.split())
+    snapshot = prepare(LenderFolder(bank)).snapshot
+    with Ledger(bank.parent / "ledger.db") as ledger:
+        account, spent = ledger.account(snapshot.digest), ledger.spent(snapshot, 1e-5)
+        least = ledger.budget(snapshot, epsilon_limit=0.01, max_delta=1e-5).least_limit
+        assert ledger.budget(snapshot, epsilon_limit=least * 1.001, max_delta=1e-5).capacity > 0.0
+        assert ledger.budget(snapshot, epsilon_limit=least * 0.999, max_delta=1e-5).capacity < 0.0
+    why = (
+        f"epsilon_limit 0.01 admits nothing: these loans' account is held at Renyi order {account.order:g} since their"
+        f" first job, and at this order and delta 1e-05 a limit below about {least:.4g} admits nothing; epsilon"
+        f" {spent.epsilon_rdp:.3f} by RDP ({spent.epsilon_pld:.3f} by PLD) is spent already, over the limit"
+    )
+    assert why in shown
+    assert (f"would refuse this job: policy.{why}; ask the data officer" in shown) is (command[0] == "plan")
+    assert " inf" not in done.stdout
     printed = fedfin(*command, "--config", bank, "--json").stdout
     assert "Infinity" not in printed
     assert '"share_spent": null' in printed
