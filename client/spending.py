@@ -69,16 +69,18 @@ def choose(known: Sequence[str], prefix: str | None) -> tuple[str, ...]:
     """Return the snapshots that a prefix of a digest names, or all of them without one.
 
     Raises:
-        ConfigError: The prefix names none, or more than one.
+        ConfigError: The prefix is empty, names none, or more than one.
     """
     if prefix is None:
         return tuple(known)
     found = [snapshot for snapshot in known if snapshot.startswith(prefix.lower())]
     if prefix and len(found) == 1:
         return tuple(found)
-    several = "names more than one snapshot" if found else "names no snapshot of the ledger"
+    wrong = "names more than one snapshot" if found else "names no snapshot of the ledger"
+    if not prefix:
+        wrong = "is empty"
     listed = ", ".join(snapshot[:12] for snapshot in known) or "none"
-    msg = f"--snapshot {prefix!r} {several}; give the first digits of one of: {listed}"
+    msg = f"--snapshot {prefix!r} {wrong}; give the first digits of one of: {listed}"
     raise ConfigError(msg)
 
 

@@ -166,21 +166,23 @@ def _show(report: "AuditReport", plan: "JobPlan", whose: str) -> None:
 def _attack_model(config: Path | None, model_dir: Path, *, json_out: bool) -> None:
     from fedfin.client.folder import LenderFolder
     from fedfin.client.membership import attack_kept
+    from fedfin.credit.export import load_model
 
     if config is None:
         msg = f"--model-dir {model_dir} needs the loans that trained it; give the lender's bank.yaml with --config"
         raise ConfigError(msg)
+    digest = load_model(model_dir).digest  # the folder may have any name
     with _Bar("training shadow models", quiet=json_out) as bar:
         report = attack_kept(LenderFolder(config), model_dir, progress=bar.show)
     if json_out:
-        print_json({"model": model_dir.name, **report.to_json()})
+        print_json({"model": digest, **report.to_json()})
     else:
-        _show_attack(report, model_dir)
+        _show_attack(report, digest)
 
 
-def _show_attack(report: "MembershipReport", model_dir: Path) -> None:
+def _show_attack(report: "MembershipReport", digest: str) -> None:
     print_table(
-        f"who trained model {model_dir.name[:12]}? {report.num_members} loans did, {report.num_others} did not,"
+        f"who trained model {digest[:12]}? {report.num_members} loans did, {report.num_others} did not,"
         f" {report.num_shadows} shadow models",
         ["", "found", "by chance", "95% interval"],
         [

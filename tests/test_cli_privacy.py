@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
+from fedfin.client.spending import choose
 from fedfin.credit.metrics import auroc
+from fedfin.errors import ConfigError
 from fedfin.plan import CohortPlan, JobPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy.accounting import (
     GaussianEvent,
@@ -452,9 +454,6 @@ def test_the_spend_of_earlier_loans_is_shown_as_inherited(tmp_path):
     shown = fedfin("ledger", "--config", bank, "--snapshot", second["snapshot"][:6]).stdout
     lines = [line for line in shown.splitlines() if re.match(r"\d{4}-\d\d-\d\d ", line)]
     assert [first["snapshot"][:12] in line for line in lines] == [True, True, False, False]
-    several = fedfin("ledger", "--config", bank, "--snapshot", "")
-    assert several.exit_code == 1
-    assert "more than one" in several.stderr
     fedfin("ledger", "--config", bank, "--plot", tmp_path / "both.png")
     (height, _, _) = matplotlib.image.imread(tmp_path / "both.png").shape
     assert height > 1000
@@ -466,6 +465,17 @@ def test_an_unknown_snapshot_is_refused_with_those_that_are_known(used):
     assert done.exit_code == 1
     assert "'zz'" in done.stderr
     assert told["snapshot"][:12] in done.stderr
+
+
+def test_an_empty_snapshot_is_refused_as_empty(used):
+    done = fedfin("ledger", "--config", used, "--snapshot", "")
+    assert done.exit_code == 1
+    assert "--snapshot '' is empty; give the first digits of one of: " in done.stderr
+
+
+def test_first_digits_that_several_snapshots_share_are_refused():
+    with pytest.raises(ConfigError, match=r"'ab' names more than one snapshot; .* one of: ab12, ab34, cd56"):
+        choose(("ab12", "ab34", "cd56"), "ab")
 
 
 def test_an_unknown_snapshot_is_refused_where_there_is_no_ledger(bank):
