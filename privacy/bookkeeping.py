@@ -274,6 +274,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     are loans: batches can be built in which one loan then changes a quarter of a bound too much. So it is made of a
     few rows at a time, and these sums are added in float64; a wide product is made in blocks by itself.
     """
+    if left.shape[1] == 1:
+        return torch.cat([_sum(part * left) for part in torch.split(right, _COLUMNS_AT_ONCE, dim=1)])[None]
+    if right.shape[1] == 1:
+        return _product(right, left).t()
     if min(left.shape[1], right.shape[1]) >= _NARROW:
         # in this order as torch's own backward pass does: the other one takes up to twice as long
         return torch.mm(right.t(), left).t()
@@ -284,7 +288,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _sum(rows: Tensor) -> Tensor:
-    return _product(rows.new_ones(len(rows), 1), rows)[0]
+    """Return the sum over the rows, shape (columns,), float64; torch adds the few rows of a part pairwise."""
+    whole = len(rows) - len(rows) % _ROWS_AT_ONCE
+    parts = rows[:whole].reshape(-1, _ROWS_AT_ONCE, rows.shape[1]).sum(1)
+    return parts.sum(0, dtype=torch.float64).add_(rows[whole:].sum(0))
 
 
 def _squares(block: Tensor) -> NDArray[np.float64]:
