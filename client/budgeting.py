@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from fedfin.client.policy import check_plan, check_size
 from fedfin.config import LenderPolicy
@@ -26,7 +27,7 @@ from fedfin.privacy.accounting import (
 from fedfin.privacy.ledger import Budget, Ledger
 from fedfin.privacy.snapshot import Snapshot
 
-__all__ = ["Epsilon", "JobCost", "Standing", "cost_of", "refusals", "standing", "why_nothing"]
+__all__ = ["Epsilon", "JobCost", "Standing", "budget_to_json", "cost_of", "refusals", "standing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,9 @@ def refusals(plan: JobPlan, policy: LenderPolicy, now: Standing, num_parameters:
             " for any release; ask the data officer to raise it"
         )
     elif not budget.capacity > 0.0:
-        found.append(f"policy.{why_nothing(budget, now.spent)}; ask the data officer to raise it")
+        found.append(
+            f"policy.{budget.why_nothing(now.spent.rdp, now.spent.pld)}; ask the data officer to raise it"
+        )
     elif not budget.fits:
         before = budget.share(budget.spent + budget.reserved)
         found.append(
@@ -186,23 +189,20 @@ def refusals(plan: JobPlan, policy: LenderPolicy, now: Standing, num_parameters:
     return tuple(found)
 
 
-def why_nothing(budget: Budget, spent: Epsilon) -> str:
-    """Say why a limit admits nothing at the order of an account: the limit was higher when it was opened.
-
-    Args:
-        budget: With a `capacity` of 0 or below.
-        spent: What has left of these loans.
-    """
-    account = budget.account
-    text = (
-        f"epsilon_limit {budget.epsilon_limit:g} admits nothing: these loans' account is held at Renyi order"
-        f" {account.order:g} since their first job, and at this order and delta {account.delta:g} a limit below about"
-        f" {budget.least_limit:.4g} admits nothing"
-    )
-    if not spent.rdp > 0.0:
-        return text
-    over = ", over the limit" if spent.rdp > budget.epsilon_limit else ""
-    return f"{text}; epsilon {spent.rdp:.3f} by RDP ({spent.pld:.3f} by PLD) is spent already{over}"
+def budget_to_json(budget: Budget) -> dict[str, Any]:
+    """Return how the limit stands, for the documents of `plan`, `ledger` and `status`; shares are of the limit."""
+    return {
+        "order": budget.account.order,
+        "delta": budget.account.delta,
+        "epsilon": budget.epsilon,
+        "epsilon_limit": budget.epsilon_limit,
+        "fits": budget.fits,
+        "share_spent": budget.share(budget.spent),
+        "share_reserved": budget.share(budget.reserved),
+        "share_asked": budget.share(budget.asked),
+        "share_left": budget.share(budget.left),
+        "others": list(budget.others),
+    }
 
 
 def _epsilon(events: Sequence[Event], delta: float) -> Epsilon:

@@ -13,11 +13,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfin.client.histograms import noisy_histogram
 from fedfin.client.preparation import PreparedLoans
-from fedfin.client.training import LocalPrivacy, train_locally
-from fedfin.credit.binning import bins_from_histogram, encode, histogram, histogram_sensitivity
+from fedfin.client.training import LocalPrivacy, train_rounds
+from fedfin.credit.binning import bins_from_histogram, encode, histogram
 from fedfin.credit.metrics import Interval, auroc, bootstrap_gain
-from fedfin.credit.models import architecture_of, encoding_of, initial_weights, num_parameters, predict
+from fedfin.credit.models import architecture_of, encoding_of, initial_weights, log_odds, num_parameters
 from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import CalibratedNoise
 from fedfin.privacy.noise import SimulatedNoise
@@ -192,11 +193,11 @@ def _interval(estimate: float, stderr: float, num_draws: int) -> Interval:
 
 def _scores(loans: PreparedLoans, plan: JobPlan, noise: CalibratedNoise | None, seed: int) -> Scores:
     """Train a whole job at one lender and return the held-out loans' log odds; without noise, without clipping."""
-    schema, train, training = loans.schema, loans.train, plan.training
+    schema, train = loans.schema, loans.train
     source = SimulatedNoise(seed)
-    counts = histogram(train.frame, schema).astype(np.float64)
-    if noise is not None:
-        counts += source.normal(counts.shape, noise.bins_noise_multiplier * histogram_sensitivity(schema))
+    counts = noisy_histogram(
+        train.frame, schema, None if noise is None else noise.bins_noise_multiplier, source
+    )
     bins = bins_from_histogram(counts, schema, plan.model.max_bins)
     architecture = architecture_of(plan.model, schema, bins)
     encoding = encoding_of(plan.model.kind)
@@ -204,18 +205,13 @@ def _scores(loans: PreparedLoans, plan: JobPlan, noise: CalibratedNoise | None, 
     privacy = (
         None if noise is None else LocalPrivacy(noise.training_noise_multiplier, plan.privacy.clipping_bound)
     )
-    weights = initial_weights(architecture, plan.model.seed)
-    for _ in range(training.rounds):
-        update = train_locally(
-            weights,
-            inputs,
-            train.labels,
-            architecture=architecture,
-            training=training,
-            privacy=privacy,
-            noise=source,
-        )
-        weights = (weights + update).astype(np.float32)
-    held_out = encode(loans.holdout.frame, schema, bins, encoding)
-    odds = np.clip(predict(architecture, weights, held_out), 1e-12, 1 - 1e-12)
-    return np.log(odds) - np.log1p(-odds)
+    weights = train_rounds(
+        initial_weights(architecture, plan.model.seed),
+        inputs,
+        train.labels,
+        architecture=architecture,
+        training=plan.training,
+        privacy=privacy,
+        noise=source,
+    )
+    return log_odds(architecture, weights, encode(loans.holdout.frame, schema, bins, encoding))

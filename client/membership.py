@@ -21,11 +21,11 @@ import numpy as np
 
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
-from fedfin.client.training import LocalPrivacy, train_locally
+from fedfin.client.training import LocalPrivacy, train_rounds
 from fedfin.credit.binning import encode
 from fedfin.credit.export import ReleasedModel, load_model
 from fedfin.credit.metrics import bootstrap_gain
-from fedfin.credit.models import Architecture, architecture_of, encoding_of, initial_weights, predict
+from fedfin.credit.models import Architecture, architecture_of, encoding_of, initial_weights, log_odds
 from fedfin.errors import DataError
 from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import calibrate
@@ -253,18 +253,15 @@ def train_job(
     if plan.privacy.mode == "local":
         calibrated = calibrate(plan.privacy, sample_rate=plan.training.sample_rate, num_steps=plan.num_steps)
         privacy = LocalPrivacy(calibrated.training_noise_multiplier, plan.privacy.clipping_bound)
-    weights = initial_weights(architecture, plan.model.seed)
-    for _ in range(plan.training.rounds):
-        weights = weights + train_locally(
-            weights,
-            loans,
-            labels,
-            architecture=architecture,
-            training=plan.training,
-            privacy=privacy,
-            noise=noise,
-        )
-    return weights
+    return train_rounds(
+        initial_weights(architecture, plan.model.seed),
+        loans,
+        labels,
+        architecture=architecture,
+        training=plan.training,
+        privacy=privacy,
+        noise=noise,
+    )
 
 
 def _shadows(
@@ -304,9 +301,8 @@ def _confidence(
     labels: "NDArray[np.int64]",
 ) -> "NDArray[np.float64]":
     """Return the log odds that the model gives each loan's own outcome, shape (n,)."""
-    bad = np.clip(predict(architecture, weights, loans), 1e-12, 1.0 - 1e-12)
-    log_odds = np.log(bad) - np.log1p(-bad)
-    return np.where(labels == 1, log_odds, -log_odds)
+    of_bad = log_odds(architecture, weights, loans)
+    return np.where(labels == 1, of_bad, -of_bad)
 
 
 def _likelihood_ratios(

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from fedfin.client.budgeting import Epsilon, JobCost, Standing, cost_of, refusals, standing
+from fedfin.client.budgeting import Epsilon, JobCost, Standing, budget_to_json, cost_of, refusals, standing
 from fedfin.client.folder import LenderFolder
 from fedfin.client.forecast import Baseline, Forecast, baseline_of, forecast, model_size, num_seeds
 from fedfin.client.preparation import prepare
 from fedfin.client.spending import open_ledger
 from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import CalibratedNoise, calibrate, epsilon_pld, epsilon_rdp, job_events
-from fedfin.privacy.ledger import Budget
 
 __all__ = [
     "SWEEP",
@@ -192,7 +191,7 @@ def _view_to_json(view: View, seeds: int) -> dict[str, Any]:
             "spent": asdict(now.spent),
             "reserved": asdict(now.reserved),
             "after": asdict(now.after),
-            "filter": None if now.budget is None else _budget_to_json(now.budget),
+            "filter": None if now.budget is None else budget_to_json(now.budget),
         },
         "auc": None
         if baseline is None
@@ -203,21 +202,6 @@ def _view_to_json(view: View, seeds: int) -> dict[str, Any]:
             "clipped": baseline.clipped_auroc,
             "forecast": None if view.forecast is None else asdict(view.forecast),
         },
-    }
-
-
-def _budget_to_json(budget: Budget) -> dict[str, Any]:
-    return {
-        "order": budget.account.order,
-        "delta": budget.account.delta,
-        "epsilon": budget.epsilon,
-        "epsilon_limit": budget.epsilon_limit,
-        "fits": budget.fits,
-        "share_spent": budget.share(budget.spent),
-        "share_reserved": budget.share(budget.reserved),
-        "share_asked": budget.share(budget.asked),
-        "share_left": budget.share(budget.left),
-        "others": list(budget.others),
     }
 
 

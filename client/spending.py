@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedfin.client.budgeting import Epsilon
+from fedfin.client.budgeting import Epsilon, budget_to_json
 from fedfin.client.folder import LenderFolder
 from fedfin.errors import ConfigError
 from fedfin.privacy.accounting import borrower_epsilons
@@ -114,15 +114,7 @@ def to_json(spending: Spending) -> dict[str, Any]:
         "reserved": asdict(spending.reserved),
         "held": asdict(spending.held),
         "borrower_pld": list(spending.borrower),
-        "filter": {
-            "order": budget.account.order,
-            "delta": budget.account.delta,
-            "epsilon": budget.epsilon,
-            "epsilon_limit": budget.epsilon_limit,
-            "share_spent": budget.share(budget.spent),
-            "share_reserved": budget.share(budget.reserved),
-            "share_left": budget.share(budget.left),
-        },
+        "filter": budget_to_json(budget),
         "others": list(budget.others),
         "jobs": [asdict(job) for job in spending.jobs],
         "releases": [

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fedfin.client.budgeting import budget_to_json
 from fedfin.client.evaluation import EVALUATION_FILE
 from fedfin.client.folder import LenderFolder
 from fedfin.config import LenderPolicy
 from fedfin.errors import BudgetSpentError, ConfigError
 from fedfin.privacy.accounting import borrower_epsilons
-from fedfin.privacy.ledger import Ledger
+from fedfin.privacy.ledger import Ledger, Spent
 
 __all__ = ["release_job", "status_of"]
 
@@ -40,7 +41,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
                         "together_rdp": held.epsilon_rdp,
                         "together_pld": held.epsilon_pld,
                         "borrower_pld": borrower_epsilons(spent.events, delta),
-                        "filter": _filter_of(ledger, snapshot, policy),
+                        "filter": _filter_of(ledger, snapshot, spent, policy),
                     }
                 )
     models: list[dict[str, Any]] = []
@@ -70,22 +71,14 @@ def status_of(config_path: Path) -> dict[str, Any]:
     }
 
 
-def _filter_of(ledger: Ledger, snapshot: str, policy: LenderPolicy) -> dict[str, Any] | None:
-    """Return how the limit stands for a snapshot's loans; None where it admits nothing at all."""
+def _filter_of(ledger: Ledger, snapshot: str, spent: Spent, policy: LenderPolicy) -> dict[str, Any] | None:
+    """Return how the limit stands for a snapshot's loans; None where it admits nothing at any order."""
     try:
         budget = ledger.budget(snapshot, epsilon_limit=policy.epsilon_limit, max_delta=policy.max_delta)
     except BudgetSpentError:
         return None
-    if budget.capacity <= 0.0:
-        return None
-    return {
-        "order": budget.account.order,
-        "delta": budget.account.delta,
-        "epsilon": budget.epsilon,
-        "share_spent": budget.share(budget.spent),
-        "share_reserved": budget.share(budget.reserved),
-        "other_snapshots": list(budget.others),
-    }
+    nothing = None if budget.capacity > 0.0 else budget.why_nothing(spent.epsilon_rdp, spent.epsilon_pld)
+    return {**budget_to_json(budget), "why_nothing": nothing}
 
 
 def release_job(config_path: Path, job_id: str) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedfin.plan import TrainingPlan
     from fedfin.privacy.noise import NoiseSource
 
-__all__ = ["LocalPrivacy", "train_locally", "train_mlp"]
+__all__ = ["LocalPrivacy", "train_locally", "train_mlp", "train_rounds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,30 @@ def train_locally(
         msg = f"the update is not finite after {training.local_steps} steps; lower training.learning_rate"
         raise TrainingError(msg)
     return update
+
+
+def train_rounds(
+    weights: "NDArray[np.float32]",
+    loans: "NDArray[np.float32]",
+    labels: "NDArray[np.int64]",
+    *,
+    architecture: Architecture,
+    training: "TrainingPlan",
+    privacy: LocalPrivacy | None,
+    noise: "NoiseSource",
+) -> "NDArray[np.float32]":
+    """Return the weights after all the plan's rounds with this lender alone; arguments as `train_locally`."""
+    for _ in range(training.rounds):
+        weights = weights + train_locally(
+            weights,
+            loans,
+            labels,
+            architecture=architecture,
+            training=training,
+            privacy=privacy,
+            noise=noise,
+        )
+    return weights
 
 
 def train_mlp(

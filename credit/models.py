@@ -40,6 +40,7 @@ __all__ = [
     "flatten",
     "initial_weights",
     "load_weights",
+    "log_odds",
     "model_fingerprint",
     "num_parameters",
     "predict",
@@ -206,6 +207,14 @@ def predict(
     with torch.no_grad():
         logits = module(torch.from_numpy(np.ascontiguousarray(loans, dtype=np.float32))).squeeze(1)
         return torch.sigmoid(logits.double()).numpy()
+
+
+def log_odds(
+    architecture: Architecture, weights: "NDArray[np.float32]", loans: "NDArray[np.float32]"
+) -> "NDArray[np.float64]":
+    """Return each loan's log odds of default, shape (n,), within 28 of zero; arguments and errors as `predict`."""
+    bad = np.clip(predict(architecture, weights, loans), 1e-12, 1.0 - 1e-12)
+    return np.log(bad) - np.log1p(-bad)
 
 
 def model_fingerprint(schema_fingerprint: str, bins_fingerprint: str, architecture: Architecture) -> str:

@@ -209,15 +209,12 @@ def _show_status(document: dict[str, Any]) -> None:
     for snapshot in document["snapshots"]:
         held = snapshot["filter"]
         used = (
-            "the limit admits nothing"
+            "the limit admits nothing at any order"
             if held is None
-            else f"{held['share_spent']:.1%} of the limit is spent and {held['share_reserved']:.1%} reserved (Renyi"
+            else held["why_nothing"]
+            or f"{held['share_spent']:.1%} of the limit is spent and {held['share_reserved']:.1%} reserved (Renyi"
             f" filter of order {held['order']:g} at delta {held['delta']:g}"
-            + (
-                f", with {len(held['other_snapshots'])} other tables of these loans"
-                if held["other_snapshots"]
-                else ""
-            )
+            + (f", with {len(held['others'])} other tables of these loans" if held["others"] else "")
             + ")"
         )
         _, two, three = snapshot["borrower_pld"]

@@ -7,11 +7,12 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, Self
 
 import typer
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +21,7 @@ from fedfin.errors import FedfinError
 __all__ = [
     "DebugOption",
     "JsonOption",
+    "ProgressBar",
     "chosen",
     "console",
     "fail",
@@ -39,6 +41,32 @@ _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def chosen(context: typer.Context, config: Path, default: Path) -> Path:
     """Return --config of the subcommand, or the one given before it."""
     return context.obj if config == default and isinstance(context.obj, Path) else config
+
+
+class ProgressBar:
+    """A bar for long work, or none beside a JSON document; gone when the work is done."""
+
+    def __init__(self, text: str, *, quiet: bool, total: int | None = None) -> None:
+        self._progress = Progress(
+            TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=console, transient=True, disable=quiet,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, done: int, total: int) -> None:
+        """Show that so much is done."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def advance(self) -> None:
+        """Show that one more is done."""
+        self._progress.advance(self._task)
 
 
 def say(text: str, *, style: str = "") -> None:

@@ -1,13 +1,21 @@
 """`fedfin privacy audit`: does the guarantee hold against an attack on the very code that gives it?"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Self
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedfin.cli_output import DebugOption, JsonOption, console, guarded, print_json, print_table, say
-from fedfin.cli_privacy_job import JOB_HELP, chosen_plan
+from fedfin.cli_output import (
+    DebugOption,
+    JsonOption,
+    ProgressBar,
+    console,
+    guarded,
+    print_json,
+    print_table,
+    say,
+)
+from fedfin.cli_privacy_job import EpsilonOption, JobOption, ModelOption, RoundsOption, chosen_plan
 from fedfin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,16 +38,10 @@ def audit(
             dir_okay=False,
         ),
     ] = None,
-    job: Annotated[
-        str | None, typer.Option("--job", help=JOB_HELP, show_default=False, metavar="FILE|ID")
-    ] = None,
-    epsilon: Annotated[
-        float | None, typer.Option("--epsilon", help="Epsilon of the whole job; default: the plan's.")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", help="Rounds; default: the plan's.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="logistic, mlp or attention; default: the plan's.")
-    ] = None,
+    job: JobOption = None,
+    epsilon: EpsilonOption = None,
+    rounds: RoundsOption = None,
+    model: ModelOption = None,
     model_dir: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +76,7 @@ def audit(
             folder = LenderFolder(config)
             prepared = prepare(folder, looking=True)
             whose, loans, schema = f"{folder.config.name}'s", prepared.train, prepared.schema
-        with _Bar("attacking a twin of the job", quiet=json_out) as bar:
+        with ProgressBar("attacking a twin of the job", quiet=json_out) as bar:
             report = audit_loans(loans, schema, plan, progress=bar.show)
         if json_out:
             print_json({"loans": whose.removesuffix("'s"), **report.to_json()})
@@ -84,27 +86,6 @@ def audit(
             raise SystemExit(1)
 
     guarded(work, json_out=json_out, debug=debug)
-
-
-class _Bar:
-    """A progress bar, or none beside a JSON document."""
-
-    def __init__(self, text: str, *, quiet: bool) -> None:
-        self._progress = Progress(
-            TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=console, transient=True, disable=quiet,
-        )  # fmt: skip
-        self._task = self._progress.add_task("", total=None)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
 
 
 def _show(report: "AuditReport", plan: "JobPlan", whose: str) -> None:
@@ -172,7 +153,7 @@ def _attack_model(config: Path | None, model_dir: Path, *, json_out: bool) -> No
         msg = f"--model-dir {model_dir} needs the loans that trained it; give the lender's bank.yaml with --config"
         raise ConfigError(msg)
     digest = load_model(model_dir).digest  # the folder may have any name
-    with _Bar("training shadow models", quiet=json_out) as bar:
+    with ProgressBar("training shadow models", quiet=json_out) as bar:
         report = attack_kept(LenderFolder(config), model_dir, progress=bar.show)
     if json_out:
         print_json({"model": digest, **report.to_json()})

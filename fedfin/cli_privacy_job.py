@@ -2,19 +2,36 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
 
 from fedfin.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedfin.plan import JobPlan
 
-__all__ = ["JOB_HELP", "chosen_plan"]
+__all__ = ["EpsilonOption", "JobOption", "ModelOption", "RoundsOption", "chosen_plan"]
 
-JOB_HELP: Final = (
-    "Take the plan from a federation.yaml or, with --config, from a job that this lender accepted: its id, or its"
-    " job.json. Without it fedfin's built-in default plan."
-)
+JobOption = Annotated[
+    str | None,
+    typer.Option(
+        "--job",
+        help=(
+            "Take the plan from a federation.yaml or, with --config, from a job that this lender accepted: its id, or"
+            " its job.json. Without it fedfin's built-in default plan."
+        ),
+        show_default=False,
+        metavar="FILE|ID",
+    ),
+]
+EpsilonOption = Annotated[
+    float | None, typer.Option("--epsilon", help="Epsilon of the whole job; default: the plan's.")
+]
+RoundsOption = Annotated[int | None, typer.Option("--rounds", help="Rounds; default: the plan's.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="logistic, mlp or attention; default: the plan's.")
+]
 _LENDERS: Final = 5
 _OPTIONS: Final = {
     "privacy.epsilon": "--epsilon",

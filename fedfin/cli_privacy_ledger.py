@@ -91,9 +91,7 @@ def ledger(
 def show_bar(parts: list[tuple[str, float, str]], budget: "Budget", spent: "Epsilon") -> None:
     """Print what the limit admits as a bar, and its parts in words: of one loan's Renyi divergence they add up."""
     if not budget.capacity > 0.0:
-        from fedfin.client.budgeting import why_nothing
-
-        say(why_nothing(budget, spent), style="red")
+        say(budget.why_nothing(spent.rdp, spent.pld), style="red")
         return
     bar, words = Text(), []
     cells = 0.0

@@ -4,10 +4,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fedfin.cli_output import DebugOption, JsonOption, console, guarded, print_json, print_table, say
-from fedfin.cli_privacy_job import JOB_HELP, chosen_plan
+from fedfin.cli_output import (
+    DebugOption,
+    JsonOption,
+    ProgressBar,
+    console,
+    guarded,
+    print_json,
+    print_table,
+    say,
+)
+from fedfin.cli_privacy_job import EpsilonOption, JobOption, ModelOption, RoundsOption, chosen_plan
 from fedfin.cli_privacy_ledger import RELATION, epsilon_row, show_bar
 
 if TYPE_CHECKING:
@@ -26,16 +34,12 @@ def plan(
             "--config", help="The lender's bank.yaml; without it only the arithmetic.", show_default=False
         ),
     ] = None,
-    job: Annotated[
-        str | None, typer.Option("--job", help=JOB_HELP, show_default=False, metavar="FILE|ID")
-    ] = None,
-    epsilon: Annotated[
-        float | None, typer.Option("--epsilon", help="Epsilon of the whole job; default: the plan's.")
-    ] = None,
+    job: JobOption = None,
+    epsilon: EpsilonOption = None,
     delta: Annotated[
         float | None, typer.Option("--delta", help="Delta of the whole job; default: the plan's.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", help="Rounds; default: the plan's.")] = None,
+    rounds: RoundsOption = None,
     local_steps: Annotated[
         int | None, typer.Option("--local-steps", help="A lender's steps in a round; default: the plan's.")
     ] = None,
@@ -43,9 +47,7 @@ def plan(
         float | None,
         typer.Option("--sample-rate", help="Chance of a loan to be in a step's batch; default: the plan's."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="logistic, mlp or attention; default: the plan's.")
-    ] = None,
+    model: ModelOption = None,
     lenders: Annotated[
         int | None,
         typer.Option(
@@ -83,23 +85,18 @@ def plan(
             answer = answer_for_anyone(job_plan, with_sweep=sweep)
         else:
             folder = LenderFolder(config)
-            with Progress(
-                TextColumn("training on your own loans, with simulated noise (--no-auc leaves it out)"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                console=console,
-                transient=True,
-                disable=json_out or no_auc,
-            ) as progress:
-                task = progress.add_task("", total=num_trainings(job_plan, with_sweep=sweep))
+            with ProgressBar(
+                "training on your own loans, with simulated noise (--no-auc leaves it out)",
+                quiet=json_out or no_auc,
+                total=num_trainings(job_plan, with_sweep=sweep),
+            ) as bar:
                 answer = answer_for_lender(
                     job_plan,
                     folder,
                     num_lenders=num_lenders,
                     with_auroc=not no_auc,
                     with_sweep=sweep,
-                    done=lambda: progress.advance(task),
+                    done=bar.advance,
                 )
         if json_out:
             print_json(to_json(answer))

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from fedfin.errors import PrivacyParameterError
 from fedfin.privacy.accounting import epsilon_pld, epsilon_rdp
-from fedfin.privacy.events import Event, Gap, GaussianEvent, gap_of, merge_events
+from fedfin.privacy.events import Event, Gap, GaussianEvent, count_events, gap_of, merge_events
 from fedfin.privacy.filter import Account, capacity, divergence, filter_epsilon, least_limit, open_account
 from fedfin.privacy.ledger_file import Entry
 
@@ -20,7 +20,6 @@ __all__ = [
     "Budget",
     "Spent",
     "committed",
-    "count_events",
     "held",
     "is_over",
     "left_of",
@@ -75,6 +74,21 @@ class Budget:
     def fits(self) -> bool:
         """Whether the limit admits what is asked."""
         return self.epsilon <= self.epsilon_limit
+
+    def why_nothing(self, spent_rdp: float, spent_pld: float) -> str:
+        """Say why the limit admits nothing at the account's order: it was higher when the account was opened.
+
+        Only where `capacity` is 0 or below; the arguments are the epsilon of what has left, by RDP and by PLD.
+        """
+        text = (
+            f"epsilon_limit {self.epsilon_limit:g} admits nothing: these loans' account is held at Renyi order"
+            f" {self.account.order:g} since their first job, and at this order and delta {self.account.delta:g} a"
+            f" limit below about {self.least_limit:.4g} admits nothing"
+        )
+        if not spent_rdp > 0.0:
+            return text
+        over = ", over the limit" if spent_rdp > self.epsilon_limit else ""
+        return f"{text}; epsilon {spent_rdp:.3f} by RDP ({spent_pld:.3f} by PLD) is spent already{over}"
 
     def share(self, spent: float) -> float:
         """Return a divergence as a share of the capacity; above 1 (inf) where nothing may be spent."""
@@ -162,14 +176,6 @@ def _by_job(entries: Iterable[Entry]) -> list[tuple[Entry, ...]]:
 def is_over(job: Sequence[Entry]) -> bool:
     """Tell whether a job's entries end with its release."""
     return any(entry.kind == "release" for entry in job)
-
-
-def count_events(events: Iterable[Event]) -> Counter[Event]:
-    """Return how many releases of each kind there are; a kind is an event of count 1."""
-    counts: Counter[Event] = Counter()
-    for event in events:
-        counts[replace(event, count=1)] += event.count
-    return counts
 
 
 def left_of(job: Sequence[Entry]) -> Counter[Event]:

@@ -7,7 +7,7 @@ together with what comes later. What is of no type listed here cannot be account
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ __all__ = [
     "Gap",
     "GaussianEvent",
     "SharedNoiseEvent",
+    "count_events",
     "event_of",
     "gap_of",
     "merge_events",
@@ -98,8 +99,8 @@ def event_of(
     return event
 
 
-def merge_events(events: Sequence[Event] | Iterable[Event]) -> tuple[Event, ...]:
-    """Return equal events as one with the sum of their counts, in a canonical order.
+def count_events(events: Iterable[Event]) -> Counter[Event]:
+    """Return how many releases of each kind there are; a kind is an event of count 1.
 
     Raises:
         PrivacyParameterError: An event is of no type that can be accounted for.
@@ -113,5 +114,11 @@ def merge_events(events: Sequence[Event] | Iterable[Event]) -> tuple[Event, ...]
             )
             raise PrivacyParameterError(msg)
         counts[replace(event, count=1)] += event.count
+    return counts
+
+
+def merge_events(events: Iterable[Event]) -> tuple[Event, ...]:
+    """Return equal events as one with the sum of their counts, in a canonical order; errors as `count_events`."""
+    counts = count_events(events)
     kinds = sorted(counts, key=lambda kind: (kind.mechanism, astuple(kind)))
     return tuple(replace(kind, count=counts[kind]) for kind in kinds)

@@ -25,14 +25,13 @@ from fedfin.privacy.books import (
     Budget,
     Spent,
     committed,
-    count_events,
     held,
     is_over,
     left_of,
     not_committed,
     worst,
 )
-from fedfin.privacy.events import Event, merge_events
+from fedfin.privacy.events import Event, count_events, merge_events
 from fedfin.privacy.filter import Account
 from fedfin.privacy.ledger_file import Entry, LedgerFile, Stage
 from fedfin.privacy.overlap import memberships
@@ -127,7 +126,7 @@ class Ledger:
             account = books.account(asked, epsilon_limit, max_delta)
             budget = books.budget(account, asked, epsilon_limit, max_delta)
             if not budget.fits:
-                raise BudgetSpentError(_refusal(job_id, snapshot, budget))
+                raise BudgetSpentError(_refusal(job_id, snapshot, budget, self.spent(snapshot, max_delta)))
             if books.own_account is None:
                 self._file.open_account(snapshot, account)
             if not job:
@@ -302,7 +301,13 @@ def _some(events: Sequence[Event]) -> tuple[Event, ...]:
     return merged
 
 
-def _refusal(job_id: str, snapshot: Snapshot, budget: Budget) -> str:
+def _refusal(job_id: str, snapshot: Snapshot, budget: Budget, spent: Spent) -> str:
+    if not budget.capacity > 0.0:
+        reason = budget.why_nothing(spent.epsilon_rdp, spent.epsilon_pld)
+        return (
+            f"job {job_id} asks for loans of data snapshot {snapshot.digest[:12]}, of which policy.{reason}; ask the"
+            " data officer to raise it in bank.yaml, or leave this job out"
+        )
     others = f", with {len(budget.others)} other snapshots that hold the same loans" if budget.others else ""
     taken = budget.share(budget.spent + budget.reserved)
     return (

@@ -90,12 +90,12 @@ class SharedNoiseEvent:
     @property
     def sampler(self) -> str:
         """How a sum's sample is drawn: "poisson", or "none" when it takes all loans."""
-        return "poisson" if self.sample_rate < 1.0 else "none"
+        return self.gaussian.sampler
 
     @property
     def relation(self) -> str:
         """The neighbouring relation of every figure: two tables differ by one loan added or removed."""
-        return "add_or_remove_one"
+        return self.gaussian.relation
 
     @property
     def gaussian(self) -> GaussianEvent:

@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedfin.client.alone import LoneModel, train_alone
+from fedfin.client.histograms import noisy_histogram
 from fedfin.client.training import LocalPrivacy, train_locally
-from fedfin.credit.binning import (
-    bins_from_histogram,
-    encode,
-    histogram,
-    histogram_sensitivity,
-    histogram_size,
-)
+from fedfin.credit.binning import bins_from_histogram, encode, histogram_size
 from fedfin.credit.metrics import auroc
 from fedfin.credit.models import (
     architecture_of,
@@ -28,8 +23,7 @@ from fedfin.credit.models import (
 )
 from fedfin.plan import JobPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy.accounting import calibrate
-from fedfin.privacy.noise import SimulatedNoise
-from fedfin.simulation.federated import FederatedModel
+from fedfin.simulation.federated import FederatedModel, lender_noises
 from fedfin.simulation.shared import federate_shared
 from fedfin.strategies.fedavg import fedavg
 from fedfin.strategies.strategy import CohortSum, ModelState, lender_weight
@@ -107,9 +101,7 @@ def federate(lenders: "list[Loans]", schema: "Schema", plan: JobPlan, seed: int)
     """
     if plan.privacy.mode == "shared":
         return federate_shared(lenders, schema, plan, seed)
-    # any 63 bits: streams of neighbouring seeds must not meet those of neighbouring lenders
-    seeds = np.random.SeedSequence(seed).generate_state(len(lenders), np.uint64) >> np.uint64(1)
-    noises = [SimulatedNoise(int(lender_seed)) for lender_seed in seeds]
+    noises = lender_noises(seed, len(lenders))
     calibrated = (
         None
         if plan.privacy.mode == "none"
@@ -117,10 +109,9 @@ def federate(lenders: "list[Loans]", schema: "Schema", plan: JobPlan, seed: int)
     )
     counts = np.zeros(histogram_size(schema))
     for loans, noise in zip(lenders, noises, strict=True):
-        counts += histogram(loans.frame, schema)
-        if calibrated is not None:
-            stddev = calibrated.bins_noise_multiplier * histogram_sensitivity(schema)
-            counts += noise.normal(len(counts), stddev)
+        counts += noisy_histogram(
+            loans.frame, schema, None if calibrated is None else calibrated.bins_noise_multiplier, noise
+        )
     bins = bins_from_histogram(counts, schema, plan.model.max_bins)
     encoding = encoding_of(plan.model.kind)
     architecture = architecture_of(plan.model, schema, bins)

@@ -36,7 +36,7 @@ from fedfin.privacy.gradients import PerLoanGradients
 from fedfin.privacy.noise import SimulatedNoise
 from fedfin.privacy.shared_accounting import SharedSums, calibrate_shared, shared_sums
 from fedfin.privacy.shares import ShareScheme, add_share, encode_sum, make_scheme, publish
-from fedfin.simulation.federated import FederatedModel
+from fedfin.simulation.federated import FederatedModel, lender_noises
 from fedfin.strategies.fedsgd import fedsgd, start_fedsgd
 from fedfin.strategies.strategy import CohortSum
 
@@ -74,7 +74,7 @@ def federate_shared(
     noise = calibrate_shared(
         plan.privacy, sums, sample_rate=plan.training.sample_rate, num_rounds=plan.training.rounds
     )
-    sources = _sources(seed, len(lenders))
+    sources = lender_noises(seed, len(lenders))
     dropouts = np.random.default_rng([seed, len(lenders)])
 
     def publish_histogram(counts: Sequence[_Values]) -> _Values:
@@ -102,7 +102,7 @@ def central(lenders: "Sequence[Loans]", schema: "Schema", plan: "JobPlan", seed:
     training, privacy = plan.training, plan.privacy
     local = privacy.model_copy(update={"mode": "local"})
     noise = calibrate(local, sample_rate=training.sample_rate, num_steps=training.rounds)
-    *sources, trusted = _sources(seed, len(lenders) + 1)
+    *sources, trusted = lender_noises(seed, len(lenders) + 1)
 
     def publish_with(stddev: float, sums: Sequence[_Values]) -> _Values:
         total: _Values = np.sum(sums, axis=0)
@@ -186,9 +186,3 @@ def _total_loans(counts: _Values, schema: "Schema") -> float:
     sizes = np.array([num_cells(column) for column in schema.features])
     totals = np.array([part.sum() for part in np.split(counts, np.cumsum(sizes)[:-1])])
     return max(1.0, float(np.average(totals, weights=1.0 / sizes)))
-
-
-def _sources(seed: int, num: int) -> list[SimulatedNoise]:
-    # any 63 bits: streams of neighbouring seeds must not meet those of neighbouring lenders
-    seeds = np.random.SeedSequence(seed).generate_state(num, np.uint64) >> np.uint64(1)
-    return [SimulatedNoise(int(source_seed)) for source_seed in seeds]

@@ -382,7 +382,7 @@ def test_without_auc_nothing_is_trained(bank, monkeypatch):
     def never(*_, **__):
         raise AssertionError
 
-    monkeypatch.setattr("fedfin.client.forecast.train_locally", never)
+    monkeypatch.setattr("fedfin.client.forecast.train_rounds", never)
     assert document("plan", "--config", bank, "--no-auc")["lender"]["auc"] is None
 
 

@@ -383,7 +383,7 @@ def test_the_status_shows_every_figure_with_its_delta_and_relation(bank):
         < limit["share_spent"] + limit["share_reserved"]
         < 1.0
     )
-    assert (limit["delta"], limit["other_snapshots"]) == (1e-5, [])
+    assert (limit["delta"], limit["others"]) == (1e-5, [])
     printed = (
         CliRunner().invoke(app, ["client", "status", "--config", str(bank)], env={"COLUMNS": "400"}).output
     )
@@ -406,11 +406,13 @@ def test_a_limit_that_admits_nothing_is_shown_as_such(bank):
     lender.close()
     config = yaml.safe_load(bank.read_text())
     bank.write_text(yaml.safe_dump({**config, "policy": {"epsilon_limit": 0.001}}))
-    assert status_of(bank)["snapshots"][0]["filter"] is None
+    limit = status_of(bank)["snapshots"][0]["filter"]
+    assert not limit["fits"]
+    assert f"Renyi order {limit['order']:g} since their first job" in limit["why_nothing"]
     printed = (
         CliRunner().invoke(app, ["client", "status", "--config", str(bank)], env={"COLUMNS": "400"}).output
     )
-    assert "the limit admits nothing" in printed
+    assert limit["why_nothing"] in printed
 
 
 def test_looking_at_a_fresh_lender_makes_no_ledger(bank):
