@@ -51,3 +51,20 @@ class LinkError(FedfinError):
 
 class QuorumError(FedfinError):
     """Fewer lenders than the quorum took part."""
+
+
+class ProtocolRefusalError(FedfinError):
+    """A message of the secure sum breaks a rule: nothing is revealed, and this side answers no more of that sum.
+
+    Args:
+        rule: Short fixed name of the rule, for the lender's log; those of the sum itself are in `privacy.sum_rules`.
+        what: What was seen and what that means, without keys, shares or masks.
+    """
+
+    def __init__(self, rule: str, what: str) -> None:
+        super().__init__(f"{rule}: {what}")
+        self.rule = rule
+
+
+class RoundAbortedError(FedfinError):
+    """A secure sum cannot be finished: too few lenders went on, and what arrived stays masked."""
