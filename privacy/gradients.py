@@ -54,9 +54,9 @@ _RANDOM: Final = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-# Loans of one pass. A plain sequence of layers keeps little of a loan; where there may be tokens, smaller passes stay
-# in the caches: the attention model at batch 2048 took 0.96 of plain SGD's time by 512 loans, and 1.19 all at once.
-_LOANS_AT_ONCE_OTHERWISE: Final = 512
+# Loans of one pass. A plain sequence of layers keeps little of a loan; where there may be tokens, smaller passes stay in
+# the caches: the attention model at batch 2048 took 1.14 of plain SGD's time by 1024 loans, and 1.16 by 512.
+_LOANS_AT_ONCE_OTHERWISE: Final = 1024
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
