@@ -54,8 +54,8 @@ _RANDOM: Final = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-# Loans of one pass. A plain sequence of layers keeps little of a loan; where there may be tokens, smaller passes stay in
-# the caches: the attention model at batch 2048 took 1.14 of plain SGD's time by 1024 loans, and 1.16 by 512.
+# Loans of one pass. A plain sequence of layers keeps little of a loan; where there may be tokens, smaller passes stay
+# in the caches: the attention model at batch 2048 took 1.14 of plain SGD's time by 1024 loans, and 1.16 by 512.
 _LOANS_AT_ONCE_OTHERWISE: Final = 1024
 
 
