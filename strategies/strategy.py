@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fedfin.plan import TrainingPlan
 
-__all__ = ["CohortSum", "ModelState", "Strategy", "lender_weight", "public_size"]
+__all__ = ["CohortSum", "ModelState", "Strategy", "lender_weight", "public_size", "weight_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,12 @@ class ModelState:
     Attributes:
         weights: Flat vector, shape (d,), finite.
         round: Rounds done; 0 for the initial weights.
+        moments: What a strategy keeps between rounds, vectors of shape (d,); made of published sums only.
     """
 
     weights: "NDArray[np.float32]"
     round: int
+    moments: "tuple[NDArray[np.float64], ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +93,15 @@ def lender_weight(num_loans: int, training: "TrainingPlan") -> float:
     if num_loans < 1:
         msg = f"a lender with {num_loans} training loans has no weight; leave it out of the round"
         raise TrainingError(msg)
-    counted = public_size(min(num_loans, training.weight_cap), training)
+    return weight_of(public_size(min(num_loans, training.weight_cap), training), training)
+
+
+def weight_of(size: int, training: "TrainingPlan") -> float:
+    """Return the weight of a lender whose loans, capped and bucketed, are `size`; >= 1."""
     match training.weighting:
         case "size":
-            return float(counted)
+            return float(size)
         case "sqrt":
-            return math.sqrt(counted)
+            return math.sqrt(size)
         case "equal":
             return 1.0
