@@ -11,7 +11,6 @@ Steps are powers of two: whatever the sum, decoding it rounds nothing.
 import hashlib
 import hmac
 import math
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -21,6 +20,8 @@ from fedfin.privacy.encoding import Layout, Segment
 from fedfin.strategies.strategy import CohortSum, public_size, weight_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from numpy.typing import NDArray
 
     from fedfin.plan import JobPlan, TrainingPlan
