@@ -25,10 +25,10 @@ def check_plan(plan: JobPlan, policy: LenderPolicy) -> None:
     if privacy.mode == "none" and not policy.allow_no_privacy:
         msg = "privacy.mode is none, and this lender's policy.allow_no_privacy is false; use mode local"
         raise PolicyRefusalError(msg)
-    if privacy.mode == "shared":
+    if plan.aggregation == "plain" and not policy.allow_plain_aggregation:
         msg = (
-            "privacy.mode is shared, and this release of fedfin has no secure aggregation: a share of the noise alone"
-            " does not protect these loans; use mode local"
+            "aggregation is plain, which shows the coordinator this lender's answers by themselves, and this lender's"
+            " policy.allow_plain_aggregation is false; use aggregation secure"
         )
         raise PolicyRefusalError(msg)
     if privacy.mode != "none" and privacy.delta > policy.max_delta:
@@ -54,7 +54,7 @@ def check_plan(plan: JobPlan, policy: LenderPolicy) -> None:
             f" it accepts {policy.min_weight_bucket} and more"
         )
         raise PolicyRefusalError(msg)
-    if plan.cohort.min_lenders < policy.min_cohort:
+    if plan.aggregation == "secure" and plan.cohort.min_lenders < policy.min_cohort:
         msg = (
             f"cohort.min_lenders is {plan.cohort.min_lenders}, and this lender joins cohorts of {policy.min_cohort}"
             " and more only; raise it"

@@ -177,7 +177,21 @@ class LenderPolicy(Section):
         ge=1,
         description="The smallest weight_bucket accepted: how exactly the coordinator may learn this lender's size.",
     )
-    min_cohort: int = Field(default=2, ge=1, description="The smallest quorum (cohort.min_lenders) accepted.")
+    min_cohort: int = Field(
+        default=5,
+        ge=3,
+        description=(
+            "The fewest lenders in a secure sum: neither a plan with a smaller quorum (cohort.min_lenders) nor a single"
+            " sum of fewer is answered."
+        ),
+    )
+    allow_plain_aggregation: bool = Field(
+        default=False,
+        description=(
+            "true lets jobs of aggregation plain run on these loans: the coordinator then sees this lender's answers by"
+            " themselves, as noisy as the plan's privacy makes them."
+        ),
+    )
 
 
 class LenderConfig(Section):

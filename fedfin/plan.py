@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["CohortPlan", "JobPlan", "ModelPlan", "PrivacyPlan", "TrainingPlan"]
+__all__ = ["CohortPlan", "EvaluationPlan", "JobPlan", "ModelPlan", "PrivacyPlan", "TrainingPlan"]
 
 
 class Section(BaseModel):
@@ -58,8 +58,15 @@ class ModelPlan(Section):
 
 
 class TrainingPlan(Section):
-    """What each lender does between two messages."""
+    """What each lender does between two messages, and how the coordinator puts the answers together."""
 
+    strategy: Literal["fedavg", "median"] = Field(
+        default="fedavg",
+        description=(
+            "fedavg: the weighted mean of the updates, which needs only their sum. median: the median of each"
+            " coordinate, against lenders that send nonsense; it needs single updates, so aggregation must be plain."
+        ),
+    )
     rounds: int = Field(default=10, ge=1, le=10_000, description="Rounds of the job.")
     local_steps: int = Field(
         default=10, ge=1, le=10_000, description="Optimizer steps of a lender in a round."
@@ -109,9 +116,8 @@ class PrivacyPlan(Section):
         default="local",
         description=(
             "local: each lender's releases are differentially private by its own noise. shared: each lender adds a"
-            " share of the noise and only the cohort's sum is private; needs secure aggregation, which is not built"
-            " yet, so server and lenders refuse it and only simulations run it. none: no privacy; refused unless"
-            " the lender's bank.yaml says allow_no_privacy too."
+            " share of the noise and only the cohort's sum is private; needs aggregation secure. none: no privacy;"
+            " refused unless the lender's bank.yaml says allow_no_privacy too."
         ),
     )
     epsilon: float = Field(
@@ -146,7 +152,12 @@ class CohortPlan(Section):
     """Who must take part, and how long a round waits."""
 
     min_lenders: int = Field(
-        default=2, ge=1, description="Quorum: fewer lenders online or answering, and the coordinator waits."
+        default=5,
+        ge=1,
+        description=(
+            "Quorum: fewer lenders online or answering, and the coordinator waits. At least 3 with aggregation secure:"
+            " of two lenders each learns the other's part from the sum."
+        ),
     )
     wait_for: int | None = Field(
         default=None,
@@ -163,16 +174,40 @@ class CohortPlan(Section):
     )
 
 
+class EvaluationPlan(Section):
+    """How often the model is judged on all lenders' held-out loans together."""
+
+    times: int = Field(
+        default=1,
+        ge=0,
+        le=1000,
+        description=(
+            "Evaluations of a job: one after the last round, the others spread evenly before; 0 makes none. In mode"
+            " local each is charged to the held-out loans, which train nothing: more of them mean more noise in each."
+        ),
+    )
+
+
 class JobPlan(Section):
     """A whole training job."""
 
     name: str = Field(
         default="credit", pattern=r"^[a-z0-9][a-z0-9-]{0,39}$", description="The job's name, for people."
     )
+    aggregation: Literal["secure", "plain"] = Field(
+        default="secure",
+        description=(
+            "secure: the coordinator learns sums over the cohort and no lender's part of one. plain: it sees each"
+            " lender's answer by itself; refused unless the lender's bank.yaml says allow_plain_aggregation too."
+        ),
+    )
     model: ModelPlan = Field(default_factory=ModelPlan, description="The architecture.")
     training: TrainingPlan = Field(default_factory=TrainingPlan, description="Rounds and local steps.")
     privacy: PrivacyPlan = Field(default_factory=PrivacyPlan, description="The guarantee.")
     cohort: CohortPlan = Field(default_factory=CohortPlan, description="Quorum and deadlines.")
+    evaluation: EvaluationPlan = Field(
+        default_factory=EvaluationPlan, description="How often the model is judged on held-out loans."
+    )
 
     @model_validator(mode="after")
     def _quorum_fits(self) -> "JobPlan":
@@ -180,6 +215,38 @@ class JobPlan(Section):
         if wait_for is not None and wait_for < self.cohort.min_lenders:
             msg = (
                 f"cohort.wait_for is {wait_for}, below cohort.min_lenders {self.cohort.min_lenders}; raise it"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _aggregation_fits(self) -> "JobPlan":
+        if self.aggregation == "secure" and self.cohort.min_lenders < 3:
+            msg = (
+                f"cohort.min_lenders is {self.cohort.min_lenders}, and a secure sum takes 3 lenders at least; raise it,"
+                " or set aggregation to plain"
+            )
+            raise ValueError(msg)
+        if self.aggregation == "secure" and self.training.strategy == "median":
+            msg = (
+                "training.strategy is median, which needs each lender's update by itself, and aggregation is secure,"
+                " which shows the coordinator their sum only; set training.strategy to fedavg, or aggregation to plain"
+            )
+            raise ValueError(msg)
+        if self.aggregation == "plain" and self.privacy.mode == "shared":
+            msg = (
+                "privacy.mode is shared and aggregation is plain: a share of the noise does not protect a lender whose"
+                " answer is seen by itself; set aggregation to secure, or privacy.mode to local"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_fit(self) -> "JobPlan":
+        if self.evaluation.times > self.training.rounds:
+            msg = (
+                f"evaluation.times is {self.evaluation.times}, and the job has {self.training.rounds} rounds, each"
+                " judged once at most; lower it"
             )
             raise ValueError(msg)
         return self
@@ -213,8 +280,7 @@ class JobPlan(Section):
             ]
             msg = (
                 "privacy.mode shared publishes one sum of clipped gradients a round, of all loans alike; set"
-                f" {' and '.join(wrong)}, and take more rounds instead. Only `fedfin.simulation.shared` runs this mode"
-                " until secure aggregation is built: a real federation refuses it"
+                f" {' and '.join(wrong)}, and take more rounds instead"
             )
             raise ValueError(msg)
         return self

@@ -3,6 +3,9 @@
 One message is one bytes value: four bytes of magic, four of header length, a JSON header, then the arrays one
 after the other, little-endian. Both sides refuse what does not fit exactly; nothing is executed, nothing pickled.
 Flower carries the bytes (`fedfin.wire`) and never looks into them.
+
+A secure sum is five questions and their answers: `Open`, `ShareKeys`, `Mask`, `Confirm`, `Unmask`. Short bytes (keys,
+sealed shares, signatures) stand in the header as hex; a masked vector and the question it answers are arrays of bytes.
 """
 
 import dataclasses
@@ -20,14 +23,26 @@ from fedfin.errors import LinkError
 
 __all__ = [
     "Accepted",
+    "Advertised",
     "AskHistogram",
+    "Confirm",
+    "Confirmed",
     "Done",
+    "Evaluate",
     "Finish",
     "Histogram",
+    "Mask",
+    "Masked",
     "Message",
+    "Open",
     "Propose",
     "Refused",
+    "Scores",
+    "ShareKeys",
+    "Shared",
     "Train",
+    "Unmask",
+    "Unmasked",
     "Update",
     "decode",
     "encode",
@@ -49,15 +64,22 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Propose(Message):
-    """Coordinator: will you take part? `plan` is the JobPlan as JSON text."""
+    """Coordinator: will you take part? `plan` is the JobPlan as JSON text.
+
+    `roster` names all members with their identity keys (`fedfin.roster`'s JSON); empty for plain aggregation.
+    """
 
     plan: str
     schema_fingerprint: str
+    roster: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted(Message):
-    """Lender: yes; the whole job is reserved in its ledger. `weight` is capped and bucketed."""
+    """Lender: yes; the whole job is reserved in its ledger.
+
+    `weight` is capped and bucketed for plain aggregation, and 0.0 for secure: there it leaves in no message.
+    """
 
     weight: float
 
@@ -101,6 +123,110 @@ class Update(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluate(Message):
+    """Coordinator: score your held-out loans with these weights; evaluation `number` of the job, from 1."""
+
+    number: int
+    bins: str = field(repr=False)
+    fingerprint: str
+    weights: NDArray[np.float32] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores(Message):
+    """Lender: its score histograms, noised in mode local; plain aggregation only; float64, shape (cells,)."""
+
+    counts: NDArray[np.float64] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Open(Message):
+    """Coordinator: make keys for this sum. `context` is `SumContext.to_bytes`, which is ASCII."""
+
+    context: str
+
+
+@dataclass(frozen=True, slots=True)
+class Advertised(Message):
+    """Lender: its signed keys for the sum. `sum` is the context's digest, hex, in every message of the sum."""
+
+    sum: str
+    advert: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ShareKeys(Message):
+    """Coordinator: the adverts of all that opened the sum, by name."""
+
+    sum: str
+    adverts: dict[str, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared(Message):
+    """Lender: its secrets' shares, sealed, by the name of who may open them."""
+
+    sum: str
+    sealed: dict[str, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Mask(Message):
+    """Coordinator: answer under masks. `sealed` are the shares for this lender by their senders.
+
+    `question` are the bytes of the AskHistogram, Train or Evaluate that the sum answers; uint8.
+    """
+
+    sum: str
+    sealed: dict[str, bytes] = field(repr=False)
+    question: NDArray[np.uint8] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Masked(Message):
+    """Lender: its masked vector, packed (`fedfin.privacy.encoding.pack`); uint8."""
+
+    sum: str
+    values: NDArray[np.uint8] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm(Message):
+    """Coordinator: these answered; sign it. `next` is the context of the next sum, to be opened too, or empty."""
+
+    sum: str
+    survivors: tuple[str, ...]
+    next: str
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed(Message):
+    """Lender: its signature over the survivors, and its advert for the next sum (empty: none)."""
+
+    sum: str
+    signature: bytes = field(repr=False)
+    advert: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Unmask(Message):
+    """Coordinator: the survivors' signatures by name; and the adverts of the next sum (empty: none)."""
+
+    sum: str
+    confirmations: dict[str, bytes] = field(repr=False)
+    adverts: dict[str, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Unmasked(Message):
+    """Lender: one share of each sharer, by owner; and its sealed shares for the next sum (empty: none)."""
+
+    sum: str
+    shares: dict[str, bytes] = field(repr=False)
+    sealed: dict[str, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Finish(Message):
     """Coordinator: the job is over. `status` is completed or abandoned; abandoned carries no weights.
 
@@ -122,9 +248,14 @@ class Done(Message):
 
 _KINDS: Final[dict[str, type[Message]]] = {
     kind.__name__: kind
-    for kind in (Propose, Accepted, Refused, AskHistogram, Histogram, Train, Update, Finish, Done)
+    for kind in (
+        *(Propose, Accepted, Refused, AskHistogram, Histogram, Train, Update, Evaluate, Scores, Finish, Done),
+        *(Open, Advertised, ShareKeys, Shared, Mask, Masked, Confirm, Confirmed, Unmask, Unmasked),
+    )
 }
 _SCALARS: Final = {"str": str, "int": int, "float": float}
+_DTYPES: Final = {"float64": "<f8", "float32": "<f4", "uint8": "u1"}
+_HEX: Final = re.compile("(?:[0-9a-f]{2})*")
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -140,7 +271,7 @@ def encode(message: Message) -> bytes:
             fields[item.name] = {"dtype": little.dtype.name, "size": int(little.size)}
             arrays.append(little.tobytes())
         else:
-            fields[item.name] = value
+            fields[item.name] = _to_json(value)
     header = json.dumps({"kind": type(message).__name__, "fields": fields}, separators=(",", ":")).encode()
     return b"".join([_MAGIC, struct.pack("<I", len(header)), header, *arrays])
 
@@ -160,7 +291,7 @@ def decode(data: bytes, *expected: type[MessageT]) -> MessageT:
         msg = "the other side sent a message that was cut; both sides must run the same release"
         raise LinkError(msg)
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_repeats)
         kind = _KINDS[header.pop("kind")]
         fields: dict[str, Any] = dict(header.pop("fields"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -192,7 +323,7 @@ def _value(
     offset: int,
 ) -> tuple[Any, int]:
     where = f"{kind.__name__}.{item.name}"
-    text = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", str(item.type))
+    text = item.type.__name__ if isinstance(item.type, type) else str(item.type)
     if text in _SCALARS:
         wanted = _SCALARS[text]
         if isinstance(raw, bool) or not isinstance(raw, (int, float) if wanted is float else wanted):
@@ -206,7 +337,9 @@ def _value(
             msg = f"{where} holds half a character, which can be neither kept nor shown; the sender must mend its side"
             raise LinkError(msg)
         return wanted(raw), offset
-    dtype = np.dtype("<f8" if "float64" in str(item.type) else "<f4")
+    if "ndarray" not in text:
+        return _short_value(raw, text, where), offset
+    dtype = np.dtype(next(code for name, code in _DTYPES.items() if name in text))
     size = raw.get("size") if isinstance(raw, dict) else None
     if type(size) is not int or raw != {"dtype": dtype.name, "size": size}:
         msg = f"{where} is no {dtype.name} array; both sides must run the same release"
@@ -215,8 +348,51 @@ def _value(
     if not 0 <= size <= _MAX_VALUES or end > len(data):
         msg = f"{where} was cut on its way or is too long; the sender must send it again"
         raise LinkError(msg)
-    values = np.frombuffer(data, dtype=dtype, count=size, offset=offset).astype(dtype.newbyteorder("="))
+    values = np.frombuffer(data, dtype=dtype, count=size, offset=offset)
+    if dtype.kind == "u":
+        return values, end  # as it lies in the message, read-only: a cohort's vectors are not held twice
     if not np.isfinite(values).all():
         msg = f"{where} holds a value that is not finite; the sender must mend its training"
         raise LinkError(msg)
-    return values, end
+    return values.astype(dtype.newbyteorder("=")), end
+
+
+def _to_json(value: Any) -> Any:  # noqa: ANN401  (a field of a message, and JSON)
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {name: part.hex() for name, part in value.items()}
+    return value
+
+
+def _short_value(raw: Any, text: str, where: str) -> Any:  # noqa: ANN401  (parsed JSON, checked here)
+    """Return bytes, bytes by name, or names, as the annotation `text` says."""
+    parts: dict[str, str]
+    if text == "bytes" and isinstance(raw, str):
+        parts = {"": raw}
+    elif text == "dict[str, bytes]" and isinstance(raw, dict):
+        parts = raw
+    elif text == "tuple[str, ...]" and isinstance(raw, list) and all(isinstance(name, str) for name in raw):
+        parts = dict.fromkeys(raw, "")
+    else:
+        msg = f"{where} is not {text}; both sides must run the same release"
+        raise LinkError(msg)
+    if not all(isinstance(part, str) and _HEX.fullmatch(part) for part in parts.values()):
+        msg = f"{where} is not written in hexadecimal digits; the sender must mend its side"
+        raise LinkError(msg)
+    if any(_HALF_CHARACTER.search(name) for name in parts):
+        msg = f"{where} holds half a character, which can be neither kept nor shown; the sender must mend its side"
+        raise LinkError(msg)
+    if text == "tuple[str, ...]":
+        return tuple(raw)
+    found = {name: bytes.fromhex(part) for name, part in parts.items()}
+    return found[""] if text == "bytes" else found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; ValueError where a name stands twice, since a reader could take either."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        msg = "a name stands twice"
+        raise ValueError(msg)
+    return found

@@ -11,7 +11,19 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from fedfin.errors import LinkError
-from fedfin.update import AskHistogram, Finish, Message, Propose, Train
+from fedfin.update import (
+    AskHistogram,
+    Confirm,
+    Evaluate,
+    Finish,
+    Mask,
+    Message,
+    Open,
+    Propose,
+    ShareKeys,
+    Train,
+    Unmask,
+)
 
 __all__ = ["MESSAGE_TYPES", "THIN_BUNDLE_NAME", "from_record", "pull_soon", "to_record"]
 
@@ -22,6 +34,12 @@ MESSAGE_TYPES: Final[dict[type[Message], str]] = {
     Propose: "query.propose",
     AskHistogram: "query.histogram",
     Train: "train.round",
+    Evaluate: "evaluate.round",
+    Open: "query.open",
+    ShareKeys: "query.share",
+    Mask: "train.mask",
+    Confirm: "query.confirm",
+    Unmask: "query.unmask",
     Finish: "query.finish",
 }
 """Flower's message type for each request of ours."""

@@ -16,6 +16,7 @@ from fedfin.plan import CohortPlan, JobPlan, PrivacyPlan, TrainingPlan
 from fedfin.update import Histogram, Propose, Train, decode, encode
 
 PLAN = JobPlan(
+    aggregation="plain",
     training=TrainingPlan(rounds=3, local_steps=2, sample_rate=0.5),
     privacy=PrivacyPlan(epsilon=2.0),
     cohort=CohortPlan(min_lenders=2),
@@ -26,7 +27,10 @@ JOB = "credit-1234"
 def lender_folder(
     directory: Path, *, name: str = "north-bank", num_loans: int = 178, **policy: object
 ) -> Path:
-    """Write a folder as `fedfin client join` leaves it, with loans; return its bank.yaml."""
+    """Write a folder as `fedfin client join` leaves it, with loans; return its bank.yaml.
+
+    Its policy allows `PLAN`, which is summed in clear; `policy` changes it.
+    """
     directory.mkdir(parents=True)
     save_lender_keys(create_lender_keys(), directory / "keys")
     (directory / "ca.pem").write_text("not used here")
@@ -38,7 +42,7 @@ def lender_folder(
         "federation": "test",
         "coordinator": "127.0.0.1:1",
         "data": {"path": "loans.csv"},
-        "policy": policy,
+        "policy": {"allow_plain_aggregation": True, **policy},
     }
     (directory / "bank.yaml").write_text(yaml.safe_dump(config))
     return directory / "bank.yaml"

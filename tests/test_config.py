@@ -124,12 +124,30 @@ def test_a_key_given_twice_is_refused_with_its_line(text, model, line):
             "privacy.planned_colluders 0 mean something in mode shared only, and privacy.mode is local; leave both out",
         ),
         (
-            f"{FEDERATION}job: {{privacy: {{mode: shared, planned_dropouts: 1, planned_colluders: 1}}}}\n",
-            "together must be below cohort.min_lenders 2, or nobody's share of the noise is sure to be there",
+            f"{FEDERATION}job: {{privacy: {{mode: shared, planned_dropouts: 3, planned_colluders: 2}}}}\n",
+            "together must be below cohort.min_lenders 5, or nobody's share of the noise is sure to be there",
         ),
         (
             f"{FEDERATION}job: {{privacy: {{mode: shared}}}}\n",
             "set training.local_steps to 1 (it is 10), and take more rounds",
+        ),
+        (f"{FEDERATION}job: {{aggregation: open}}\n", "job.aggregation is 'open'"),
+        (
+            f"{FEDERATION}job: {{cohort: {{min_lenders: 2}}}}\n",
+            "cohort.min_lenders is 2, and a secure sum takes 3 lenders at least; raise it, or set aggregation to plain",
+        ),
+        (
+            f"{FEDERATION}job: {{training: {{strategy: median}}}}\n",
+            "training.strategy is median, which needs each lender's update by itself, and aggregation is secure, which"
+            " shows the coordinator their sum only; set training.strategy to fedavg, or aggregation to plain",
+        ),
+        (
+            f"{FEDERATION}job: {{aggregation: plain, privacy: {{mode: shared}}, training: {{local_steps: 1}}}}\n",
+            "privacy.mode is shared and aggregation is plain: a share of the noise does not protect a lender whose",
+        ),
+        (
+            f"{FEDERATION}job: {{evaluation: {{times: 11}}}}\n",
+            "evaluation.times is 11, and the job has 10 rounds, each judged once at most; lower it",
         ),
     ],
 )

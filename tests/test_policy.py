@@ -5,6 +5,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fedfin.client.policy import check_plan, check_size
 from fedfin.config import LenderPolicy
@@ -29,11 +30,11 @@ def test_the_default_plan_passes_the_default_policy():
             "privacy.mode is none, and this lender's policy.allow_no_privacy is false; use mode local",
         ),
         (
-            {"privacy": {"mode": "shared"}, "training": {"local_steps": 1}},
+            {"aggregation": "plain"},
             {},
             (
-                "privacy.mode is shared, and this release of fedfin has no secure aggregation: a share of the noise"
-                " alone does not protect these loans; use mode local"
+                "aggregation is plain, which shows the coordinator this lender's answers by themselves, and this"
+                " lender's policy.allow_plain_aggregation is false; use aggregation secure"
             ),
         ),
         (
@@ -52,12 +53,12 @@ def test_the_default_plan_passes_the_default_policy():
             "training.rounds is 21, and this lender accepts 20; lower it",
         ),
         (
-            {"cohort": {"min_lenders": 2}},
-            {"min_cohort": 3},
-            "cohort.min_lenders is 2, and this lender joins cohorts of 3 and more only; raise it",
+            {"cohort": {"min_lenders": 4}},
+            {},
+            "cohort.min_lenders is 4, and this lender joins cohorts of 5 and more only; raise it",
         ),
     ],
-    ids=["no-privacy", "shared", "delta", "model", "rounds", "cohort"],
+    ids=["no-privacy", "plain", "delta", "model", "rounds", "cohort"],
 )
 def test_a_plan_outside_the_policy_is_refused_by_key_value_and_mend(plan, policy, refusal):
     with pytest.raises(PolicyRefusalError, match=f"^{re.escape(refusal)}$"):
@@ -73,14 +74,20 @@ def test_a_plan_outside_the_policy_is_refused_by_key_value_and_mend(plan, policy
         ({"model": {"kind": "mlp"}}, {"models": ("mlp",)}),
         ({"training": {"rounds": 20}}, {"max_rounds": 20}),
         ({"cohort": {"min_lenders": 3}}, {"min_cohort": 3}),
+        ({"privacy": {"mode": "shared"}, "training": {"local_steps": 1}}, {}),
+        ({"aggregation": "plain"}, {"allow_plain_aggregation": True}),
+        ({"aggregation": "plain", "cohort": {"min_lenders": 1}}, {"allow_plain_aggregation": True}),
     ],
-    ids=["no-privacy", "no-privacy-has-no-delta", "delta", "model", "rounds", "cohort"],
+    ids=[
+        *("no-privacy", "no-privacy-has-no-delta", "delta", "model", "rounds", "cohort", "shared", "plain"),
+        "plain-has-no-cohort",
+    ],
 )
 def test_the_mend_that_a_refusal_names_is_enough(plan, policy):
     check_plan(plan_with(**plan), LenderPolicy(**policy))
 
 
-@given(st.integers(1, 10_000), st.integers(1, 10_000), st.integers(1, 100), st.integers(1, 100))
+@given(st.integers(1, 10_000), st.integers(1, 10_000), st.integers(3, 100), st.integers(3, 100))
 def test_a_plan_passes_exactly_when_every_limit_holds(rounds, max_rounds, min_lenders, min_cohort):
     plan = plan_with(training={"rounds": rounds}, cohort={"min_lenders": min_lenders})
     policy = LenderPolicy(max_rounds=max_rounds, min_cohort=min_cohort)
@@ -89,6 +96,12 @@ def test_a_plan_passes_exactly_when_every_limit_holds(rounds, max_rounds, min_le
     else:
         with pytest.raises(PolicyRefusalError):
             check_plan(plan, policy)
+
+
+@pytest.mark.parametrize("min_cohort", [0, 1, 2])
+def test_no_policy_lets_a_lender_into_a_sum_of_two(min_cohort):
+    with pytest.raises(ValidationError, match="greater than or equal to 3"):
+        LenderPolicy(min_cohort=min_cohort)
 
 
 def test_permission_for_no_privacy_does_not_loosen_private_jobs():

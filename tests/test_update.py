@@ -16,20 +16,34 @@ from fedfin import update
 from fedfin.errors import LinkError
 from fedfin.update import (
     Accepted,
+    Advertised,
     AskHistogram,
+    Confirm,
+    Confirmed,
     Done,
+    Evaluate,
     Finish,
     Histogram,
+    Mask,
+    Masked,
     Message,
+    Open,
     Propose,
     Refused,
+    Scores,
+    Shared,
+    ShareKeys,
     Train,
+    Unmask,
+    Unmasked,
     Update,
     decode,
     encode,
 )
 
-KINDS = (Propose, Accepted, Refused, AskHistogram, Histogram, Train, Update, Finish, Done)
+PLAIN = (Propose, Accepted, Refused, AskHistogram, Histogram, Train, Update, Evaluate, Scores, Finish, Done)
+SECURE = (Open, Advertised, ShareKeys, Shared, Mask, Masked, Confirm, Confirmed, Unmask, Unmasked)
+KINDS = (*PLAIN, *SECURE)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -41,9 +55,19 @@ def vectors(dtype, width):
 
 def values_of(item):
     """The values that a field of a message may have, from its annotation."""
-    by_type = {str: TEXTS, int: st.integers(-(2**63), 2**63 - 1), float: FLOATS}
+    short = st.binary(max_size=20)
+    by_type = {
+        str: TEXTS,
+        int: st.integers(-(2**63), 2**63 - 1),
+        float: FLOATS,
+        bytes: short,
+        dict[str, bytes]: st.dictionaries(TEXTS, short, max_size=3),
+        tuple[str, ...]: st.lists(TEXTS, max_size=3).map(tuple),
+    }
     if item.type in by_type:
         return by_type[item.type]
+    if "uint8" in str(item.type):
+        return arrays(np.uint8, st.integers(0, 5))
     return vectors(np.float64, 64) if "float64" in str(item.type) else vectors(np.float32, 32)
 
 
@@ -126,7 +150,7 @@ def test_an_array_that_arrived_is_the_receivers_own():
     assert (delta.flags.writeable, delta.flags.owndata, delta.dtype) == (True, True, np.dtype("float32"))
 
 
-@given(messages(Histogram, Train, Update, Finish))
+@given(messages(Histogram, Train, Update, Evaluate, Scores, Finish, Mask, Masked))
 def test_the_repr_shows_no_value_of_an_array(message):
     for item in dataclasses.fields(message):
         if isinstance(getattr(message, item.name), np.ndarray):
@@ -273,6 +297,53 @@ def test_text_that_can_neither_be_kept_nor_shown_is_refused():
     header = {"kind": "Refused", "fields": {"job_id": "job", "reason": "\ud800"}}
     with pytest.raises(LinkError, match=r"Refused\.reason holds half a character"):
         decode(pack(header), Refused)
+
+
+@pytest.mark.parametrize("value", ["0", "0g", "AB", "0x", " 00", "0\n", 7, None, ["00"], {"00": "00"}])
+def test_bytes_that_are_not_hexadecimal_are_refused(value):
+    header = {"kind": "Advertised", "fields": {"job_id": "job", "sum": "s", "advert": value}}
+    with pytest.raises(LinkError, match=r"Advertised\.advert is not (bytes|written in hexadecimal digits)"):
+        decode(pack(header), Advertised)
+
+
+@pytest.mark.parametrize(
+    "value", ["00", None, [["north", "00"]], {"north": "0"}, {"north": 0}, {"north": None}]
+)
+def test_a_map_that_is_not_of_bytes_is_refused(value):
+    header = {"kind": "ShareKeys", "fields": {"job_id": "job", "sum": "s", "adverts": value}}
+    with pytest.raises(LinkError, match=r"ShareKeys\.adverts is not (dict|written in hexadecimal digits)"):
+        decode(pack(header), ShareKeys)
+
+
+@pytest.mark.parametrize("value", ["north", {"north": "00"}, [7], [None], [["north"]], None])
+def test_a_list_that_is_not_of_names_is_refused(value):
+    header = {"kind": "Confirm", "fields": {"job_id": "job", "sum": "s", "survivors": value, "next": ""}}
+    with pytest.raises(LinkError, match=r"Confirm\.survivors is not tuple\[str, \.\.\.\]; both sides"):
+        decode(pack(header), Confirm)
+
+
+def test_a_name_with_half_a_character_is_refused():
+    header = {"kind": "ShareKeys", "fields": {"job_id": "job", "sum": "s", "adverts": {"\ud800": "00"}}}
+    with pytest.raises(LinkError, match=r"ShareKeys\.adverts holds half a character"):
+        decode(pack(header), ShareKeys)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"kind": "Open", "fields": {"job_id": "a", "job_id": "b", "context": ""}}',
+        b'{"kind": "ShareKeys", "fields": {"job_id": "a", "sum": "s", "adverts": {"north": "00", "north": "01"}}}',
+    ],
+    ids=["field", "map"],
+)
+def test_a_name_that_stands_twice_is_refused(header):
+    with pytest.raises(LinkError, match="a message of an unknown kind"):
+        decode(pack(header), Open, ShareKeys)
+
+
+def test_a_masked_vector_is_read_where_it_lies():
+    data = encode(Masked("job", "s", np.arange(5, dtype=np.uint8)))
+    assert np.shares_memory(decode(data, Masked).values, np.frombuffer(data, np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedfin.errors import LinkError
-from fedfin.update import AskHistogram, Finish, Message, Propose, Train
+from fedfin.update import (
+    AskHistogram,
+    Confirm,
+    Evaluate,
+    Finish,
+    Mask,
+    Message,
+    Open,
+    Propose,
+    ShareKeys,
+    Train,
+    Unmask,
+)
 from fedfin.wire import MESSAGE_TYPES, from_record, to_record
 
 NOT_OURS = "Flower delivered a message that is not fedfin's; both sides must run fedfin"
@@ -44,7 +56,8 @@ def test_any_other_record_is_refused(record):
 
 
 def test_every_request_and_no_answer_has_a_message_type_of_flower():
-    assert set(MESSAGE_TYPES) == {Propose, AskHistogram, Train, Finish}
-    assert len(set(MESSAGE_TYPES.values())) == 4
-    assert {text.partition(".")[0] for text in MESSAGE_TYPES.values()} == {"query", "train"}
+    asked = {Propose, AskHistogram, Train, Evaluate, Finish}
+    assert set(MESSAGE_TYPES) == asked | {Open, ShareKeys, Mask, Confirm, Unmask}
+    assert len(set(MESSAGE_TYPES.values())) == len(MESSAGE_TYPES)
+    assert {text.partition(".")[0] for text in MESSAGE_TYPES.values()} == {"query", "train", "evaluate"}
     assert all(issubclass(kind, Message) for kind in MESSAGE_TYPES)
