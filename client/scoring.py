@@ -5,13 +5,12 @@ Nothing here is a figure of merit: AUROC and the like are made by the coordinato
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fedfin.credit.binning import Bins, encode
 from fedfin.credit.models import Architecture, encoding_of, predict
 from fedfin.credit.score_counts import count_scores, evaluation_sensitivity
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from fedfin.credit.schema import Schema

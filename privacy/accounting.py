@@ -24,6 +24,7 @@ __all__ = [
     "borrower_epsilon",
     "borrower_epsilons",
     "calibrate",
+    "calibrate_releases",
     "checked_delta",
     "divergences",
     "epsilon_pld",
@@ -170,6 +171,27 @@ def calibrate(plan: PrivacyPlan, *, sample_rate: float, num_steps: int) -> Calib
     start = max(0.5, start * sample_rate * math.sqrt(num_steps))
     training = _least_noise(job_epsilon, plan.epsilon, start=start, sample_rate=sample_rate)
     return CalibratedNoise(bins, training)
+
+
+def calibrate_releases(epsilon: float, delta: float, num_releases: int) -> float:
+    """Return the least noise with which so many equal releases of all loans meet epsilon at delta, by RDP.
+
+    Args:
+        epsilon: Of all releases together; > 0.
+        delta: In (0, 1).
+        num_releases: Unsampled releases, as of an evaluation's counts; >= 1.
+
+    Returns:
+        The noise multiplier of each; the composed epsilon is within 0.5% below `epsilon`.
+
+    Raises:
+        PrivacyParameterError: An argument is out of range, or no accountable noise meets it.
+    """
+
+    def epsilon_of(noise_multiplier: float) -> float:
+        return epsilon_rdp([GaussianEvent(noise_multiplier, 1.0, num_releases)], delta)
+
+    return _least_noise(epsilon_of, epsilon, start=math.sqrt(num_releases))
 
 
 def job_events(noise: CalibratedNoise, sample_rate: float, num_steps: int) -> tuple[Event, ...]:

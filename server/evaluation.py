@@ -1,7 +1,4 @@
-"""What the federation learns of a model: figures of merit of all lenders' held-out loans, from the sum of their counts."""
-
-import numpy as np
-from numpy.typing import NDArray
+"""What the federation learns of a model: figures of merit of all held-out loans, from the sum of their counts."""
 
 from fedfin.plan import JobPlan
 
@@ -9,7 +6,7 @@ __all__ = ["evaluation_rounds"]
 
 
 def evaluation_rounds(plan: JobPlan) -> tuple[int, ...]:
-    """Return after which rounds the model is evaluated, ascending; entry k - 1 is evaluation k, the last the last round.
+    """Return after which rounds the model is evaluated, ascending: entry k - 1 is evaluation k, the last the last one.
 
     The plan holds that there are no more evaluations than rounds, so no round is named twice.
     """
