@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfin.credit.binning import Bins, inputs
+from fedfin.credit.schema import NumericColumn
 from fedfin.errors import SchemaMismatchError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ __all__ = [
     "encoding_of",
     "flatten",
     "initial_weights",
+    "largest_model",
     "load_weights",
     "log_odds",
     "model_fingerprint",
@@ -136,6 +138,13 @@ def num_parameters(architecture: Architecture) -> int:
     widths = (architecture.num_inputs, *architecture.hidden)
     hidden = sum((below + 3) * above for below, above in pairwise(widths))
     return hidden + widths[-1] + 1
+
+
+def largest_model(model: "ModelPlan", schema: "Schema") -> int:
+    """Return the parameters of the plan's model where every numeric column has as many bins as it may."""
+    edges = tuple(float(edge) for edge in range(model.max_bins + 1))
+    columns = [column.name for column in schema.features if isinstance(column, NumericColumn)]
+    return num_parameters(architecture_of(model, schema, Bins(tuple((name, edges) for name in columns))))
 
 
 def initial_weights(architecture: Architecture, seed: int) -> "NDArray[np.float32]":

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from fedfin.credit.binning import (
-    Bins,
     bins_from_histogram,
     encode,
     histogram,
@@ -27,27 +26,27 @@ from fedfin.credit.models import (
     build,
     encoding_of,
     initial_weights,
+    largest_model,
     load_weights,
-    num_parameters,
 )
-from fedfin.credit.schema import NumericColumn
 from fedfin.privacy.accounting import calibrate
 from fedfin.privacy.gradients import PerLoanGradients
 from fedfin.privacy.noise import SimulatedNoise
 from fedfin.privacy.shared_accounting import SharedSums, calibrate_shared, shared_sums
 from fedfin.privacy.shares import ShareScheme, add_share, encode_sum, make_scheme, publish
 from fedfin.simulation.federated import FederatedModel, lender_noises
-from fedfin.strategies.fedsgd import fedsgd, start_fedsgd
-from fedfin.strategies.strategy import CohortSum
+from fedfin.strategies.fedsgd import fedsgd
+from fedfin.strategies.strategy import CohortSum, ModelState
+from fedfin.strategies.sums import total_loans
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fedfin.credit.schema import Schema
     from fedfin.credit.source import Loans
-    from fedfin.plan import JobPlan, ModelPlan
+    from fedfin.plan import JobPlan
 
-__all__ = ["central", "federate_shared", "largest_model", "sums_of"]
+__all__ = ["central", "federate_shared", "sums_of"]
 
 _Values: TypeAlias = "NDArray[np.float64]"
 Publish: TypeAlias = "Callable[[Sequence[_Values]], _Values]"
@@ -129,13 +128,6 @@ def sums_of(schema: "Schema", plan: "JobPlan", num_lenders: int) -> SharedSums:
     )
 
 
-def largest_model(model: "ModelPlan", schema: "Schema") -> int:
-    """Return the parameters of the plan's model where every numeric column has as many bins as it may."""
-    edges = tuple(float(edge) for edge in range(model.max_bins + 1))
-    columns = [column.name for column in schema.features if isinstance(column, NumericColumn)]
-    return num_parameters(architecture_of(model, schema, Bins(tuple((name, edges) for name in columns))))
-
-
 def _train(
     lenders: "Sequence[Loans]",
     schema: "Schema",
@@ -150,12 +142,13 @@ def _train(
     bins = bins_from_histogram(counts, schema, plan.model.max_bins)
     architecture = architecture_of(plan.model, schema, bins)
     encoded = [encode(loans.frame, schema, bins, encoding_of(architecture.kind)) for loans in lenders]
-    expected = training.sample_rate * _total_loans(counts, schema)
+    column_cells = [num_cells(column) for column in schema.features]
+    expected = training.sample_rate * total_loans(counts, column_cells)
     module = build(architecture)
     per_loan = PerLoanGradients(module)
-    state = start_fedsgd(initial_weights(architecture, plan.model.seed))
+    state = ModelState(initial_weights(architecture, plan.model.seed), 0)
     for _ in range(training.rounds):
-        load_weights(module, state.model.weights)
+        load_weights(module, state.weights)
         gradients: list[_Values] = []
         for inputs, loans, source in zip(encoded, lenders, sources, strict=True):
             batch = source.bernoulli(len(inputs), training.sample_rate)
@@ -164,7 +157,7 @@ def _train(
             )
         cohort_sum = CohortSum(publish_gradient(gradients), expected, len(lenders))
         state = fedsgd(state, cohort_sum, training)
-    return FederatedModel(schema, bins, architecture, state.model.weights)
+    return FederatedModel(schema, bins, architecture, state.weights)
 
 
 def _share_and_publish(
@@ -179,10 +172,3 @@ def _share_and_publish(
     for position in answering:
         total += add_share(encode_sum(values[position], scheme), scheme, sources[position])
     return publish(total, len(answering), scheme)
-
-
-def _total_loans(counts: _Values, schema: "Schema") -> float:
-    """Return the cohort's loans, from the noisy histogram: each column counts all of them, few cells less noisily."""
-    sizes = np.array([num_cells(column) for column in schema.features])
-    totals = np.array([part.sum() for part in np.split(counts, np.cumsum(sizes)[:-1])])
-    return max(1.0, float(np.average(totals, weights=1.0 / sizes)))

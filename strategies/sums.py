@@ -11,12 +11,14 @@ Steps are powers of two: whatever the sum, decoding it rounds nothing.
 import hashlib
 import hmac
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from fedfin.errors import TrainingError
 from fedfin.privacy.encoding import Layout, Segment
+from fedfin.privacy.shares import make_scheme
 from fedfin.strategies.strategy import CohortSum, public_size, weight_of
 
 if TYPE_CHECKING:
@@ -25,10 +27,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fedfin.plan import JobPlan, TrainingPlan
+    from fedfin.privacy.accounting import CalibratedNoise
+    from fedfin.privacy.shared_accounting import SharedSums
     from fedfin.privacy.shares import ShareScheme
 
 __all__ = [
     "bins_layout",
+    "bins_scheme",
     "blurred_weight",
     "capped_histogram",
     "cohort_sum",
@@ -38,7 +43,9 @@ __all__ = [
     "largest_weight",
     "round_layout",
     "round_parts",
+    "round_scheme",
     "shares_layout",
+    "total_loans",
 ]
 
 _SMALL_RING: Final = 24
@@ -46,7 +53,7 @@ _LARGE_RING: Final = 32
 _COUNT_STEP: Final = 2.0**-4  # of a loan: what capping makes of a count is no whole number
 _ROOT_STEP: Final = 2.0**-10  # of the square root of loans
 _MOVE_SHARE: Final = 2.0**-8  # of what one local step moves a weight, for a lender of the smallest weight
-_INITIAL_WEIGHT: Final = 4.0  # no initial weight is further from zero
+_INITIAL_WEIGHT: Final = 8.0  # no initial weight is further from zero
 _TAIL: Final = 8.0  # standard deviations that noise does not pass, but with a chance of 1e-15
 _WORD: Final = 2.0**64
 
@@ -87,6 +94,26 @@ def counts_layout(num_cells: int, num_lenders: int) -> Layout:
     """Return a layout of whole counts, one part `counts`, as large as the ring allows for this many lenders."""
     bound = float((2 ** (_LARGE_RING - 1) - 1) // num_lenders)
     return _layout([("counts", num_cells, bound, 1.0)], num_lenders)
+
+
+def bins_scheme(noise: "CalibratedNoise", sums: "SharedSums", num_lenders: int) -> "ShareScheme":
+    """Return how the lenders of one cohort round and noise their histograms in mode shared.
+
+    Args:
+        noise: Calibrated for `sums`.
+        sums: What the job adds up, for all members of its roster.
+        num_lenders: Lenders of this sum's cohort, n: each adds an n-th of the noise, planned losses apart.
+    """
+    cohort = replace(sums.cohort, num_lenders=num_lenders)
+    return make_scheme(noise.bins_noise_multiplier, cohort, sums.histogram)
+
+
+def round_scheme(
+    noise: "CalibratedNoise", sums: "SharedSums", num_parameters: int, num_lenders: int
+) -> "ShareScheme":
+    """Return the same for a round's gradients, of a model with so many parameters."""
+    cohort = replace(sums.cohort, num_lenders=num_lenders)
+    return make_scheme(noise.training_noise_multiplier, cohort, sums.gradient_of(num_parameters))
 
 
 def shares_layout(scheme: "ShareScheme") -> Layout:
@@ -182,6 +209,12 @@ def capped_histogram(
     """
     total = float(np.mean(column_totals(counts, column_cells)))
     return counts * min(1.0, weight_cap / max(total, 1.0))
+
+
+def total_loans(counts: "NDArray[np.float64]", column_cells: "Sequence[int]") -> float:
+    """Return the loans in a noisy histogram, at least 1: each column counts all of them, few cells less noisily."""
+    weights = 1.0 / np.asarray(column_cells, dtype=np.float64)
+    return max(1.0, float(np.average(column_totals(counts, column_cells), weights=weights)))
 
 
 def column_totals(counts: "NDArray[np.float64]", column_cells: "Sequence[int]") -> "NDArray[np.float64]":

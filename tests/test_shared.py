@@ -9,7 +9,9 @@ from sklearn.model_selection import train_test_split
 
 from fedfin.config import DataSource
 from fedfin.credit.binning import histogram
+from fedfin.credit.drift import num_cells
 from fedfin.credit.metrics import auroc
+from fedfin.credit.models import largest_model
 from fedfin.credit.schema import Schema
 from fedfin.credit.source import read_loans
 from fedfin.errors import DataError, PrivacyParameterError
@@ -18,7 +20,8 @@ from fedfin.privacy import shares
 from fedfin.simulation import shared
 from fedfin.simulation.arms import demo_plan, federate, take_rows
 from fedfin.simulation.partition import demo_loans, split_demo, split_unequal
-from fedfin.simulation.shared import central, federate_shared, largest_model
+from fedfin.simulation.shared import central, federate_shared
+from fedfin.strategies.sums import total_loans
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / os.environ.get("FEDFIN_DATA_DIR", "../shared/data")
@@ -136,10 +139,11 @@ def test_no_bins_give_a_larger_model_than_the_one_accounted_for(kind):
 
 def test_the_number_of_loans_is_read_from_the_noisy_histogram():
     counts = histogram(LOANS.frame, SCHEMA).astype(np.float64)
-    assert shared._total_loans(counts, SCHEMA) == pytest.approx(len(LOANS))
+    cells = [num_cells(column) for column in SCHEMA.features]
+    assert total_loans(counts, cells) == pytest.approx(len(LOANS))
     noisy = counts + np.random.default_rng(0).normal(0.0, 30.0, len(counts))
-    assert shared._total_loans(noisy, SCHEMA) == pytest.approx(len(LOANS), abs=150.0)
-    assert shared._total_loans(-counts, SCHEMA) == 1.0
+    assert total_loans(noisy, cells) == pytest.approx(len(LOANS), abs=150.0)
+    assert total_loans(-counts, cells) == 1.0
 
 
 def test_unequal_lenders_share_out_every_loan_once():
