@@ -65,6 +65,8 @@ def chosen_plan(
         num_lenders = lenders or _LENDERS
         document = JobPlan().model_dump()
         document["cohort"]["min_lenders"] = max(2, num_lenders)
+        if num_lenders < 3:
+            document["aggregation"] = "plain"  # fewer than three cannot sum in secret
     else:
         stated = _stated_plan(job, config)
         num_lenders = lenders or stated.cohort.wait_for or stated.cohort.min_lenders

@@ -186,6 +186,12 @@ class EvaluationPlan(Section):
             " local each is charged to the held-out loans, which train nothing: more of them mean more noise in each."
         ),
     )
+    cutoff: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Probability of default from which on a loan counts as rejected, for the fairness figures.",
+    )
 
 
 class JobPlan(Section):

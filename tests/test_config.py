@@ -138,8 +138,7 @@ def test_a_key_given_twice_is_refused_with_its_line(text, model, line):
         ),
         (
             f"{FEDERATION}job: {{training: {{strategy: median}}}}\n",
-            "training.strategy is median, which needs each lender's update by itself, and aggregation is secure, which"
-            " shows the coordinator their sum only; set training.strategy to fedavg, or aggregation to plain",
+            "aggregation is secure, which shows the coordinator their sum only; set training.strategy to fedavg, or",
         ),
         (
             f"{FEDERATION}job: {{aggregation: plain, privacy: {{mode: shared}}, training: {{local_steps: 1}}}}\n",
