@@ -66,7 +66,7 @@ class Message:
 class Propose(Message):
     """Coordinator: will you take part? `plan` is the JobPlan as JSON text.
 
-    `roster` names all members with their identity keys (`fedfin.roster`'s JSON); empty for plain aggregation.
+    `roster` names all members with their identity keys (`fedfin.roster.Roster.to_json`); empty for plain aggregation.
     """
 
     plan: str
