@@ -1,114 +1,159 @@
-"""Fairness of a cut-off, from counts of loans per group: shares accepted, and differences to the largest group.
-
-A protected attribute is no input of the model (unless the schema says so in words); it is counted here. The cells of a
-column are its groups, each with four: good and bad loans, each below and from the cut-off on. A loan is in exactly one
-cell of every protected column, so that one loan more or less moves each column's part by one, in one cell.
+"""Fairness of a cut-off, from counts of loans per protected group: shares accepted, and how far groups are apart.
 
 Accepted is a loan whose probability of default is below the cut-off. Demographic parity compares the share accepted of
 all loans of a group; equal opportunity compares the share accepted of those that were paid back (Hardt, Price & Srebro,
-"Equality of Opportunity in Supervised Learning", NeurIPS 2016).
+"Equality of Opportunity in Supervised Learning", NeurIPS 2016). Each group is compared to the largest of its column.
+
+Two errors stand beside a rate: what noise in the counts does to it, and what as many loans drawn at random would do. A
+group whose rates noise hides is left out, by name.
 """
 
+import math
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedfin.credit.schema import Column, NumericColumn, Schema
-from fedfin.errors import DataError
+from fedfin.credit.count_metrics import Estimate, estimate_rate
+from fedfin.credit.groups import CELLS_OF_A_GROUP, groups
+from fedfin.credit.schema import Schema
 
 if TYPE_CHECKING:
-    import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = ["CELLS_OF_A_GROUP", "Group", "group_cells", "group_counts", "groups"]
-
-CELLS_OF_A_GROUP: Final = 4
-"""Good accepted, good rejected, bad accepted, bad rejected, in this order."""
-
-NUM_BANDS: Final = 4
-"""Bands of equal width, on the column's own grid, that the valid range of a numeric column is cut into."""
+__all__ = ["ColumnFairness", "GroupFairness", "Rate", "fairness_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Loans with the same value of a protected column, or in the same band of it."""
+class Rate:
+    """A share of a group's loans, or the difference of two.
+
+    Attributes:
+        value: In [0, 1]; a difference in [-1, 1].
+        noise_error: Standard error from noise in the counts; 0.0 for exact counts.
+        sampling_error: Standard error of as many loans drawn at random.
+    """
+
+    value: float
+    noise_error: float
+    sampling_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFairness:
+    """One group at the cut-off.
+
+    Attributes:
+        label: The group's value or band.
+        loans: How many loans it has.
+        accepted: Share of them that the cut-off accepts.
+        good_accepted: Share accepted of those that were paid back; None where noise hides it.
+        parity: `accepted` minus that of the reference.
+        opportunity: `good_accepted` minus that of the reference; None where noise hides one of them.
+    """
+
+    label: str
+    loans: Estimate
+    accepted: Rate
+    good_accepted: Rate | None
+    parity: Rate
+    opportunity: Rate | None
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnFairness:
+    """A protected column at the cut-off.
+
+    Attributes:
+        column: Its name.
+        reference: The group with the most loans, to which the others are compared; empty where noise hides all.
+        groups: Those that noise leaves something of, in the schema's order.
+        hidden: Labels of the others.
+    """
 
     column: str
-    label: str
+    reference: str
+    groups: tuple[GroupFairness, ...]
+    hidden: tuple[str, ...]
 
 
-def groups(schema: Schema) -> tuple[Group, ...]:
-    """Return the groups of all protected columns, column after column, in the order of their cells."""
-    return tuple(Group(column.name, label) for column in schema.protected for label in _labels(column))
-
-
-def group_cells(schema: Schema) -> int:
-    """Return the number of cells of `group_counts` under this schema; 0 without protected columns."""
-    return CELLS_OF_A_GROUP * len(groups(schema))
-
-
-def group_counts(
-    frame: "pd.DataFrame",
-    labels: "NDArray[np.int64]",
-    rejected: "NDArray[np.bool_]",
-    schema: Schema,
-) -> "NDArray[np.int64]":
-    """Count loans per group, outcome and side of the cut-off.
+def fairness_of(
+    counts: "NDArray[np.float64]", schema: Schema, noise_stddev: float
+) -> tuple[ColumnFairness, ...]:
+    """Return the fairness of the cut-off by which the loans were counted, for each protected column.
 
     Args:
-        frame: Checked loans, n rows; not changed.
-        labels: 1 bad, 0 good, shape (n,).
-        rejected: Whether each loan's probability of default reaches the cut-off, shape (n,).
+        counts: Of the whole federation, shape (group_cells(schema),); `ScoreCounts.groups`.
         schema: The columns.
-
-    Returns:
-        Shape (group_cells(schema),); each column's part sums to n.
-
-    Raises:
-        DataError: A protected column holds what the schema does not know.
+        noise_stddev: Standard deviation of the noise in each cell, in loans; 0 for exact counts.
     """
-    parts = [np.zeros(0, dtype=np.int64)]
-    for column in schema.protected:
-        cells = CELLS_OF_A_GROUP * _positions(frame[column.name], column) + 2 * labels + rejected
-        parts.append(np.bincount(cells, minlength=CELLS_OF_A_GROUP * len(_labels(column))).astype(np.int64))
-    return np.concatenate(parts)
+    rows = counts.reshape(-1, CELLS_OF_A_GROUP)
+    labels: dict[str, list[str]] = {column.name: [] for column in schema.protected}
+    cells: dict[str, list[NDArray[np.float64]]] = {column.name: [] for column in schema.protected}
+    for group, row in zip(groups(schema), rows, strict=True):
+        labels[group.column].append(group.label)
+        cells[group.column].append(row)
+    return tuple(_column(name, labels[name], cells[name], noise_stddev) for name in labels)
 
 
-def _labels(column: Column) -> tuple[str, ...]:
-    missing = ("missing",) if column.nullable else ()
-    if isinstance(column, NumericColumn):
-        bands = tuple(f"{low:g} to {high:g}" for low, high in pairwise(_band_edges(column)))
-        return bands + tuple(column.special_codes[code] for code in column.special_values) + missing
-    return column.categories + missing
+def _column(
+    name: str, labels: list[str], cells: "list[NDArray[np.float64]]", noise_stddev: float
+) -> ColumnFairness:
+    reference = int(np.argmax([row.sum() for row in cells]))
+    base_accepted, base_good = _accepted(cells[reference], noise_stddev)
+    if base_accepted is None:
+        return ColumnFairness(name, "", (), tuple(labels))
+    found: list[GroupFairness] = []
+    for position, (label, row) in enumerate(zip(labels, cells, strict=True)):
+        accepted, good = _accepted(row, noise_stddev)
+        if accepted is None:
+            continue
+        same = position == reference
+        found.append(
+            GroupFairness(
+                label=label,
+                loans=Estimate(float(row.sum()), noise_stddev * math.sqrt(CELLS_OF_A_GROUP)),
+                accepted=accepted,
+                good_accepted=good,
+                parity=_difference(accepted, base_accepted, same=same),
+                opportunity=(
+                    None if good is None or base_good is None else _difference(good, base_good, same=same)
+                ),
+            )
+        )
+    shown = {group.label for group in found}
+    hidden = tuple(
+        label
+        for label, row in zip(labels, cells, strict=True)
+        if label not in shown and (noise_stddev > 0.0 or row.sum() > 0.0)
+    )
+    return ColumnFairness(name, labels[reference], tuple(found), hidden)
 
 
-def _positions(values: "pd.Series", column: Column) -> "NDArray[np.int64]":
-    """Return each loan's group within its column, shape (n,)."""
-    if isinstance(column, NumericColumn):
-        numbers = values.to_numpy(dtype=np.float64)
-        edges = _band_edges(column)
-        positions = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, NUM_BANDS - 1)
-        for place, code in enumerate(column.special_values):
-            positions[numbers == code] = NUM_BANDS + place
-        missing = np.isnan(numbers)
-    else:
-        place_of = {category: place for place, category in enumerate(column.categories)}
-        places = values.map(place_of).to_numpy(dtype=np.float64, na_value=np.nan)
-        missing = values.isna().to_numpy()
-        positions = np.where(missing, 0, np.nan_to_num(places, nan=-1.0)).astype(np.int64)
-    if (positions < 0).any() or (missing.any() and not column.nullable):
-        msg = f"column {column.name} holds values that the schema does not allow; `fedfin client check` shows the rows"
-        raise DataError(msg)
-    positions[missing] = len(_labels(column)) - 1
-    return positions.astype(np.int64)
+def _accepted(row: "NDArray[np.float64]", noise_stddev: float) -> tuple[Rate | None, Rate | None]:
+    """Return the share accepted of all loans of a group and of its good ones."""
+    good, good_rejected, bad, bad_rejected = row
+    return (
+        _rate(np.array([good, bad]), np.array([good_rejected, bad_rejected]), noise_stddev),
+        _rate(np.array([good]), np.array([good_rejected]), noise_stddev),
+    )
 
 
-def _band_edges(column: NumericColumn) -> "NDArray[np.float64]":
-    if column.grid == "linear":
-        edges = np.linspace(column.minimum, column.maximum, NUM_BANDS + 1)
-    else:
-        edges = np.expm1(np.linspace(np.log1p(column.minimum), np.log1p(column.maximum), NUM_BANDS + 1))
-    edges[0], edges[-1] = column.minimum, column.maximum
-    return edges
+def _rate(inside: "NDArray[np.float64]", outside: "NDArray[np.float64]", noise_stddev: float) -> Rate | None:
+    estimate = estimate_rate(inside, outside, noise_stddev)
+    if estimate is None:
+        return None
+    loans = float(inside.sum() + outside.sum())
+    plain = (estimate.value * loans + 1.0) / (loans + 2.0)  # of a few loans all accepted, not certain either
+    sampling = math.sqrt(plain * (1.0 - plain) / loans)
+    return Rate(estimate.value, estimate.noise_error, sampling)
+
+
+def _difference(rate: Rate, base: Rate, *, same: bool) -> Rate:
+    if same:
+        return Rate(0.0, 0.0, 0.0)
+    return Rate(
+        rate.value - base.value,
+        math.hypot(rate.noise_error, base.noise_error),
+        math.hypot(rate.sampling_error, base.sampling_error),
+    )

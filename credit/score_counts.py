@@ -2,10 +2,13 @@
 
 One vector of whole numbers, which a lender makes of its own loans and of which only the sum over lenders is seen. Its
 parts: 64 cells of the score for the good loans, 64 for the bad ones, then four cells for each protected group
-(`fedfin.credit.fairness`). Every loan is in one cell of the score and in one of each protected column.
+(`fedfin.credit.groups`). Every loan is in one cell of the score and in one of each protected column.
 
-Scores are cut evenly in log odds and not in probability: where one loan in a hundred is bad, nearly all loans would
-share the first cells of the probability.
+The score is cut evenly in the arcsine of the root of the probability, in which a rate of any size is known equally
+well from as many loans (Anscombe, "The transformation of Poisson, binomial and negative-binomial data", Biometrika 35,
+1948): the cells are 2% wide at a probability of 20% and .5% at 1%. Cells of equal probability lose .08 of the AUROC
+where one loan in a hundred is bad, because nearly all loans share the first two; cells of equal log odds are often
+empty, and noise in them costs up to half as much again (docs/decisions/0015-evaluation-in-counts.md).
 """
 
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from fedfin.credit.fairness import group_cells, group_counts
+from fedfin.credit.groups import group_cells, group_counts
 from fedfin.credit.schema import Schema
 from fedfin.errors import SchemaMismatchError
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = [
     "NUM_SCORE_CELLS",
     "ScoreCounts",
+    "cell_centres",
+    "cell_edges",
     "count_scores",
     "evaluation_cells",
     "evaluation_sensitivity",
@@ -108,14 +113,22 @@ def split_counts(counts: "NDArray[np.float64]", schema: Schema) -> ScoreCounts:
     return ScoreCounts(good, bad, groups)
 
 
-_LOWEST, _HIGHEST = (
-    -8.0,
-    8.0,
-)  # log odds: probabilities of .03% and 99.97%; the outer cells take what is beyond
+def cell_edges() -> "NDArray[np.float64]":
+    """Return the probabilities that bound the cells of the score, shape (NUM_SCORE_CELLS + 1,), from 0 to 1."""
+    return _probability(np.arange(NUM_SCORE_CELLS + 1))
+
+
+def cell_centres() -> "NDArray[np.float64]":
+    """Return the probability that a loan of each cell is taken to have, shape (NUM_SCORE_CELLS,), in (0, 1)."""
+    return _probability(np.arange(NUM_SCORE_CELLS) + 0.5)
+
+
+def _probability(places: "NDArray[np.float64] | NDArray[np.int64]") -> "NDArray[np.float64]":
+    edges: NDArray[np.float64] = np.sin(places * (np.pi / 2 / NUM_SCORE_CELLS)) ** 2
+    return edges
 
 
 def _score_cells(probabilities: "NDArray[np.float64]") -> "NDArray[np.int64]":
-    with np.errstate(divide="ignore"):
-        log_odds = np.log(probabilities) - np.log1p(-probabilities)
-    places = (np.clip(log_odds, _LOWEST, _HIGHEST) - _LOWEST) * (NUM_SCORE_CELLS / (_HIGHEST - _LOWEST))
-    return np.minimum(places.astype(np.int64), NUM_SCORE_CELLS - 1)
+    """Return each loan's cell; a cell holds its lower edge, the last one 1 as well."""
+    cells = np.searchsorted(cell_edges(), probabilities, side="right") - 1
+    return np.clip(cells, 0, NUM_SCORE_CELLS - 1).astype(np.int64)

@@ -187,10 +187,13 @@ class EvaluationPlan(Section):
         ),
     )
     cutoff: float = Field(
-        default=0.5,
+        default=0.2,
         gt=0,
         lt=1,
-        description="Probability of default from which on a loan counts as rejected, for the fairness figures.",
+        description=(
+            "Probability of default from which on a loan counts as rejected, for the fairness figures; state the one"
+            " that the lenders decide by. The default is about where interest stops paying for losses."
+        ),
     )
 
 
