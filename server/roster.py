@@ -1,4 +1,4 @@
-"""federation.db: the coordinator's durable state: invitations, members, jobs and checkpoints.
+"""federation.db: the coordinator's durable state: invitations, members, jobs, checkpoints and secure sums.
 
 It is the one thing that enrolment (in the SuperLink's process), `fedfin server invite` and the ServerApp share;
 Flower's own state is in memory and is rebuilt from it. SQLite with `synchronous=FULL`: what a method returned
@@ -7,8 +7,9 @@ survives a power cut. Only the hash of an invitation's secret is kept.
 
 import contextlib
 import datetime as dt
+import json
 import sqlite3
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -19,10 +20,10 @@ from numpy.typing import NDArray
 from fedfin.errors import ConfigError, EnrolmentError, LinkError
 from fedfin.invitation import Invitation
 
-__all__ = ["Checkpoint", "FederationStore", "Job", "Member"]
+__all__ = ["AskedSum", "Checkpoint", "FederationStore", "Job", "Member"]
 
 TOKEN_HOURS: Final = 24
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE invitations (
     name TEXT PRIMARY KEY, secret_hash TEXT NOT NULL UNIQUE, expires_at TEXT NOT NULL, used_at TEXT);
@@ -34,11 +35,22 @@ CREATE TABLE jobs (
     created_at TEXT NOT NULL);
 CREATE TABLE checkpoints (
     job_id TEXT PRIMARY KEY REFERENCES jobs, round INTEGER NOT NULL, bins TEXT NOT NULL,
-    fingerprint TEXT NOT NULL, weights BLOB NOT NULL, reference TEXT NOT NULL);
+    fingerprint TEXT NOT NULL, weights BLOB NOT NULL, reference TEXT NOT NULL,
+    moments BLOB NOT NULL DEFAULT x'', num_loans REAL NOT NULL DEFAULT 0);
 CREATE TABLE answers (
     job_id TEXT NOT NULL REFERENCES jobs, name TEXT NOT NULL, weight REAL, reason TEXT, delivered_at TEXT,
     PRIMARY KEY (job_id, name));
 """
+_SECURE_SUMS: Final = """
+CREATE TABLE rosters (job_id TEXT PRIMARY KEY REFERENCES jobs, roster TEXT NOT NULL);
+CREATE TABLE sums (
+    job_id TEXT NOT NULL REFERENCES jobs, stage TEXT NOT NULL, attempt INTEGER NOT NULL, base INTEGER,
+    sharers TEXT, survivors TEXT, PRIMARY KEY (job_id, stage, attempt));
+"""
+_FROM_1: Final = f"""
+ALTER TABLE checkpoints ADD COLUMN moments BLOB NOT NULL DEFAULT x'';
+ALTER TABLE checkpoints ADD COLUMN num_loans REAL NOT NULL DEFAULT 0;
+{_SECURE_SUMS}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +78,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A job after `round` rounds: its bins (JSON), its fingerprint and its weights, float32 (d,).
+    """A job after `round` aggregated rounds: its bins (JSON), its fingerprint and its weights, float32 (d,).
 
-    `reference` is the cohort's distribution of each column, JSON, for the lenders' drift checks.
+    `reference` is the cohort's distribution of each column, JSON, for the lenders' drift checks. `moments` are what
+    the strategy keeps between rounds, float64 (d,) each. `num_loans` are the cohort's loans by its noisy histogram, in
+    mode shared, where a mean gradient is taken over them; elsewhere 0.
     """
 
     round: int
@@ -76,6 +90,27 @@ class Checkpoint:
     fingerprint: str
     weights: NDArray[np.float32] = field(repr=False)
     reference: str = field(default="", repr=False)
+    moments: tuple[NDArray[np.float64], ...] = field(default=(), repr=False)
+    num_loans: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AskedSum:
+    """A secure sum whose masked vectors were asked for: it cannot be taken back.
+
+    Attributes:
+        stage: What was summed: `bins`, `round 3`, `evaluation 1`.
+        attempt: Which attempt of the stage.
+        base: Rounds aggregated in the model that was asked about.
+        sharers: Lenders whose masks are in the vectors.
+        survivors: Lenders that were to be confirmed as survivors, or None where it did not come to that.
+    """
+
+    stage: str
+    attempt: int
+    base: int
+    sharers: frozenset[str]
+    survivors: frozenset[str] | None
 
 
 class FederationStore:
@@ -97,7 +132,7 @@ class FederationStore:
         path.touch(mode=0o600)
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
-            connection.executescript(f"{_SCHEMA}PRAGMA user_version={_VERSION};")
+            connection.executescript(f"{_SCHEMA}{_SECURE_SUMS}PRAGMA user_version={_VERSION};")
         return cls(path)
 
     def invite(self, invitation: Invitation) -> None:
@@ -221,7 +256,7 @@ class FederationStore:
         """Keep the newest state of a job, durably; the round counts as done from here on."""
         with self._write() as db:
             db.execute(
-                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     job_id,
                     checkpoint.round,
@@ -229,6 +264,8 @@ class FederationStore:
                     checkpoint.fingerprint,
                     checkpoint.weights.astype("<f4").tobytes(),
                     checkpoint.reference,
+                    b"".join(moment.astype("<f8").tobytes() for moment in checkpoint.moments),
+                    checkpoint.num_loans,
                 ),
             )
 
@@ -236,13 +273,77 @@ class FederationStore:
         """Return the newest state of a job, or None before its bins are made."""
         with self._read() as db:
             row = db.execute(
-                "SELECT round, bins, fingerprint, weights, reference FROM checkpoints WHERE job_id = ?",
+                "SELECT round, bins, fingerprint, weights, reference, moments, num_loans FROM checkpoints"
+                " WHERE job_id = ?",
                 (job_id,),
             ).fetchone()
         if row is None:
             return None
         weights = np.frombuffer(row[3], dtype="<f4").astype(np.float32)
-        return Checkpoint(round=row[0], bins=row[1], fingerprint=row[2], weights=weights, reference=row[4])
+        moments = np.frombuffer(row[5], dtype="<f8").astype(np.float64)
+        return Checkpoint(
+            round=row[0],
+            bins=row[1],
+            fingerprint=row[2],
+            weights=weights,
+            reference=row[4],
+            moments=tuple(moments.reshape(-1, len(weights))) if len(moments) else (),
+            num_loans=row[6],
+        )
+
+    def freeze_roster(self, job_id: str, roster: str) -> str:
+        """Keep a job's roster, JSON, unless one is kept already; return the one that is kept."""
+        with self._write() as db:
+            db.execute("INSERT OR IGNORE INTO rosters VALUES (?, ?)", (job_id, roster))
+            return str(db.execute("SELECT roster FROM rosters WHERE job_id = ?", (job_id,)).fetchone()[0])
+
+    def roster(self, job_id: str) -> str | None:
+        """Return the roster that a job was first proposed with, JSON, or None."""
+        with self._read() as db:
+            row = db.execute("SELECT roster FROM rosters WHERE job_id = ?", (job_id,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def open_sum(self, job_id: str, stage: str) -> int:
+        """Record that a stage is summed, or tried again, under secure aggregation; return the attempt, from 0.
+
+        No attempt is given out twice, whatever was killed: a lender makes keys for each once.
+        """
+        with self._write() as db:
+            (attempt,) = db.execute(
+                "SELECT coalesce(max(attempt) + 1, 0) FROM sums WHERE job_id = ? AND stage = ?",
+                (job_id, stage),
+            ).fetchone()
+            db.execute("INSERT INTO sums (job_id, stage, attempt) VALUES (?, ?, ?)", (job_id, stage, attempt))
+        return int(attempt)
+
+    def mark_asked(self, job_id: str, asked: AskedSum) -> None:
+        """Record, before it happens, that masked vectors are asked for: from here on the stage is used up."""
+        with self._write() as db:
+            db.execute(
+                "UPDATE sums SET base = ?, sharers = ? WHERE job_id = ? AND stage = ? AND attempt = ?",
+                (asked.base, json.dumps(sorted(asked.sharers)), job_id, asked.stage, asked.attempt),
+            )
+
+    def mark_survivors(self, job_id: str, stage: str, attempt: int, survivors: Collection[str]) -> None:
+        """Record, before it happens, that lenders are asked to confirm these survivors."""
+        with self._write() as db:
+            db.execute(
+                "UPDATE sums SET survivors = ? WHERE job_id = ? AND stage = ? AND attempt = ?",
+                (json.dumps(sorted(survivors)), job_id, stage, attempt),
+            )
+
+    def asked_sums(self, job_id: str) -> tuple[AskedSum, ...]:
+        """Return a job's secure sums whose masked vectors were asked for, in the order of their asking."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT stage, attempt, base, sharers, survivors FROM sums"
+                " WHERE job_id = ? AND sharers IS NOT NULL ORDER BY rowid",
+                (job_id,),
+            ).fetchall()
+        return tuple(
+            AskedSum(stage, attempt, base, _names(sharers), None if survivors is None else _names(survivors))
+            for stage, attempt, base, sharers, survivors in rows
+        )
 
     def save_answer(self, job_id: str, name: str, *, weight: float | None, reason: str | None) -> None:
         """Keep a lender's answer: a weight, or the reason of its refusal, at the proposal or later in the job."""
@@ -333,6 +434,8 @@ class FederationStore:
             connection = sqlite3.connect(self._path, timeout=10, isolation_level=None)
             connection.execute("PRAGMA synchronous=FULL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == 1:
+                version = _migrate(connection)
         except sqlite3.Error as error:
             msg = f"{self._path} cannot be opened ({error}); restore it from its backup"
             raise LinkError(msg) from error
@@ -341,3 +444,23 @@ class FederationStore:
             msg = f"{self._path} is of version {version}, this release reads {_VERSION}; run the release that made it"
             raise ConfigError(msg)
         return connection
+
+
+def _migrate(connection: sqlite3.Connection) -> int:
+    """Bring a database of version 1 to version 2, wholly or not at all; return its version."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        # another process may have done it since
+        if connection.execute("PRAGMA user_version").fetchone()[0] == 1:
+            for statement in filter(str.strip, _FROM_1.split(";")):
+                connection.execute(statement)
+            connection.execute("PRAGMA user_version=2")
+        connection.execute("COMMIT")
+    except sqlite3.Error:
+        connection.execute("ROLLBACK")
+        raise
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(json.loads(text))

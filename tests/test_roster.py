@@ -1,5 +1,6 @@
 """federation.db: invitations work once and for one name, and what a method returned survives."""
 
+import contextlib
 import dataclasses
 import datetime as dt
 import multiprocessing
@@ -15,7 +16,7 @@ from numpy.testing import assert_array_equal
 
 from fedfin.errors import ConfigError, EnrolmentError, LinkError
 from fedfin.invitation import Invitation, secret_hash
-from fedfin.server.roster import Checkpoint, FederationStore, Member
+from fedfin.server.roster import AskedSum, Checkpoint, FederationStore, Member
 
 
 @pytest.fixture
@@ -293,6 +294,51 @@ def test_a_lender_that_stops_in_the_middle_has_no_weight_but_is_told_of_the_end(
     assert store.weights("job") == {"north": 100.0}
 
 
+# Secure sums
+
+
+@pytest.fixture
+def job(store):
+    store.start_job("job", "{}", "digest")
+    return "job"
+
+
+def test_a_jobs_roster_is_the_first_one_whatever_comes_later(store, path, job):
+    assert store.roster(job) is None
+    assert store.freeze_roster(job, "first") == "first"
+    assert FederationStore(path).freeze_roster(job, "second") == "first"
+    assert FederationStore(path).roster(job) == "first"
+
+
+def test_no_attempt_of_a_stage_is_given_out_twice(store, path, job):
+    assert [store.open_sum(job, "round 1") for _ in range(3)] == [0, 1, 2]
+    assert FederationStore(path).open_sum(job, "round 1") == 3
+    assert store.open_sum(job, "round 2") == 0
+
+
+def test_a_sum_counts_as_asked_from_its_mark_on_and_not_before(store, path, job):
+    for stage in ("bins", "round 1", "round 2"):
+        store.open_sum(job, stage)
+    names = frozenset({"east", "north", "south"})
+    store.mark_asked(job, AskedSum("round 2", 0, 1, names, None))
+    store.mark_asked(job, AskedSum("bins", 0, 0, names, None))
+    store.mark_survivors(job, "bins", 0, ["north", "east"])
+    assert set(FederationStore(path).asked_sums(job)) == {
+        AskedSum("round 2", 0, 1, names, None),
+        AskedSum("bins", 0, 0, names, frozenset({"east", "north"})),
+    }
+
+
+def test_a_strategys_moments_and_the_cohorts_loans_survive_to_the_last_bit(store, path, job):
+    weights = np.zeros(3, dtype=np.float32)
+    moments = (np.array([0.1, -1e-300, 5.0]), np.array([1e300, 0.0, 2.0]))
+    store.save_checkpoint(job, Checkpoint(1, "[]", "f", weights, "", moments, 1234.5))
+    kept = FederationStore(path).checkpoint(job)
+    assert kept.num_loans == 1234.5
+    for before, after in zip(moments, kept.moments, strict=True):
+        assert_array_equal(before, after, strict=True)
+
+
 # The file
 
 
@@ -322,6 +368,67 @@ def test_a_file_that_is_missing_damaged_or_of_another_release_is_refused(store, 
     other.write_bytes(b"this is no database" * 100)
     with pytest.raises(LinkError, match=r"other\.db cannot be opened .*restore it from its backup"):
         FederationStore(other).members()
+
+
+VERSION_1 = """
+CREATE TABLE invitations (
+    name TEXT PRIMARY KEY, secret_hash TEXT NOT NULL UNIQUE, expires_at TEXT NOT NULL, used_at TEXT);
+CREATE TABLE members (
+    name TEXT PRIMARY KEY, node_key TEXT NOT NULL UNIQUE, certificate TEXT NOT NULL,
+    identity_key TEXT NOT NULL, witness_key TEXT NOT NULL, signature TEXT NOT NULL, joined_at TEXT NOT NULL);
+CREATE TABLE jobs (
+    job_id TEXT PRIMARY KEY, plan TEXT NOT NULL, digest TEXT NOT NULL, status TEXT NOT NULL,
+    created_at TEXT NOT NULL);
+CREATE TABLE checkpoints (
+    job_id TEXT PRIMARY KEY REFERENCES jobs, round INTEGER NOT NULL, bins TEXT NOT NULL,
+    fingerprint TEXT NOT NULL, weights BLOB NOT NULL, reference TEXT NOT NULL);
+CREATE TABLE answers (
+    job_id TEXT NOT NULL REFERENCES jobs, name TEXT NOT NULL, weight REAL, reason TEXT, delivered_at TEXT,
+    PRIMARY KEY (job_id, name));
+INSERT INTO members VALUES ('north', 'k', 'c', 'i', 'w', 's', '2026-11-01');
+INSERT INTO jobs VALUES ('job', '{}', 'd', 'running', '2026-11-01');
+INSERT INTO checkpoints VALUES ('job', 7, '[1]', 'f', x'0000803f00000040', '{}');
+INSERT INTO answers VALUES ('job', 'north', 50.0, NULL, NULL);
+PRAGMA user_version=1;
+"""
+
+
+def test_a_file_of_version_1_is_brought_to_this_one_with_all_that_is_in_it(tmp_path):
+    path = tmp_path / "federation.db"
+    with sqlite3.connect(path) as db:
+        db.executescript(VERSION_1)
+    db.close()
+    store = FederationStore(path)
+    kept = store.checkpoint("job")
+    assert (kept.round, kept.bins, kept.fingerprint, kept.reference) == (7, "[1]", "f", "{}")
+    assert_array_equal(kept.weights, [1.0, 2.0])
+    assert (kept.moments, kept.num_loans) == ((), 0.0)
+    assert store.weights("job") == {"north": 50.0}
+    assert [member.name for member in store.members()] == ["north"]
+    assert store.open_sum("job", "bins") == 0
+    assert store.freeze_roster("job", "roster") == "roster"
+    FederationStore.create(tmp_path / "new.db")
+    assert columns_of(path) == columns_of(tmp_path / "new.db")
+
+
+def columns_of(path):
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {table: db.execute(f"PRAGMA table_info({table})").fetchall() for table in sorted(tables)}
+
+
+def test_a_migration_that_fails_leaves_version_1_whole(tmp_path):
+    path = tmp_path / "federation.db"
+    with sqlite3.connect(path) as db:
+        db.executescript(VERSION_1)
+        db.execute("CREATE TABLE sums (in_the_way TEXT)")
+    db.close()
+    with pytest.raises(LinkError, match="restore it from its backup"):
+        FederationStore(path).members()
+    with sqlite3.connect(path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert len(db.execute("PRAGMA table_info(checkpoints)").fetchall()) == 6
+    db.close()
 
 
 def test_a_job_with_an_id_that_exists_is_refused_and_nothing_is_half_written(store):
