@@ -151,7 +151,10 @@ class Layout:
             PrivacyParameterError: The vector is not of the layout's length.
         """
         quanta = self.decode_integers(total)
-        return {segment.name: quanta[segment.name] * segment.step for segment in self.segments}
+        return {
+            segment.name: np.multiply(quanta[segment.name], segment.step, dtype=np.float64)
+            for segment in self.segments
+        }
 
     def decode_integers(self, total: NDArray[np.uint32]) -> dict[str, NDArray[np.int64]]:
         """Return the sums in quanta by segment name, each of shape (size,); arguments and errors as `decode`."""
@@ -243,7 +246,7 @@ def unpack(data: bytes, size: int, ring_bits: int) -> NDArray[np.uint32]:
 
 
 def _most_quanta(num_lenders: int, ring_bits: int) -> int:
-    return (2 ** (ring_bits - 1) - 1) // num_lenders
+    return ((1 << (ring_bits - 1)) - 1) // num_lenders
 
 
 def _in_quanta(values: NDArray[np.floating[Any]], segment: Segment) -> NDArray[np.float64]:
@@ -253,9 +256,10 @@ def _in_quanta(values: NDArray[np.floating[Any]], segment: Segment) -> NDArray[n
         raise TrainingError(msg)
     with np.errstate(over="ignore"):  # the clip takes it
         # dtype: float32 times a Python number would be computed in float32, whatever `out` is
-        quanta = np.multiply(values, 1.0 / segment.step, dtype=np.float64)
+        quanta: NDArray[np.float64] = np.multiply(values, 1.0 / segment.step, dtype=np.float64)
     largest = float(segment.largest)
-    return np.clip(quanta, -largest, largest, out=quanta)
+    np.clip(quanta, -largest, largest, out=quanta)
+    return quanta
 
 
 def _round(quanta: NDArray[np.float64], stochastic: WordSource | None) -> None:

@@ -71,11 +71,11 @@ def _add_to_slice(part: NDArray[np.uint32], masks: Sequence[Mask], first_word: i
         )
         for mask in masks
     ]
-    buffer = np.empty(4 * BLOCK_WORDS + _TAIL, dtype=np.uint8)
-    words = buffer[: 4 * BLOCK_WORDS].view("<u4")  # the same masks on every machine
+    room = bytearray(4 * BLOCK_WORDS + _TAIL)
+    words = np.frombuffer(room, dtype="<u4", count=BLOCK_WORDS)  # the same masks on every machine
     for at in range(0, len(part), BLOCK_WORDS):
         block = part[at : at + BLOCK_WORDS]
         zeros, keystream = _ZEROS[: block.nbytes], words[: len(block)]
         for fill, combine in streams:
-            fill(zeros, buffer)
+            fill(zeros, room)
             combine(block, keystream, out=block)

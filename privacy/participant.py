@@ -19,7 +19,7 @@ Source: Bonawitz et al. 2017, figure 4 with the underlined steps (malicious serv
 """
 
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, NoReturn, final
@@ -54,6 +54,13 @@ class _Secrets:
     pairs: dict[str, bytes] = field(default_factory=dict[str, bytes])  # exchanged, by peer
     held: dict[str, Dealt] = field(default_factory=dict[str, Dealt])
     masks: list[Mask] = field(default_factory=list[Mask])
+
+    def empty(self) -> None:
+        # a traceback may hold this object a while longer
+        self.channel_private = self.mask_private = self.own = b""
+        for held in (self.channels, self.pairs, self.held):
+            held.clear()
+        self.masks.clear()
 
 
 @final
@@ -204,7 +211,7 @@ class Participant:
                 msg = f"a {values.ndim}-dimensional array of {values.dtype} cannot be masked in place"
                 raise ValueError(msg)
             add_masks(values, own.masks, threads)
-            own.masks = []
+            own.masks.clear()
             return values
 
     def confirm(self, survivors: Collection[str], min_survivors: int = 0) -> bytes:
@@ -253,15 +260,17 @@ class Participant:
                 verify_confirmation(self._asked, self._survivors, name, self._roster[name], confirmation)
             # one or the other: both together would open a lender's vector
             released = {owner: pair[owner not in self._survivors] for owner, pair in own.held.items()}
-            self._secrets = None
+            self.forget()
             return released
 
     def forget(self) -> None:
         """Drop every secret; nothing is answered any more. May be called at any time, and again."""
+        if self._secrets is not None:
+            self._secrets.empty()
         self._secrets = None
 
     @contextmanager
-    def _step(self, step: str) -> Iterator[_Secrets]:
+    def _step(self, step: str) -> Generator[_Secrets]:
         """Run a step in its turn; whatever fails in it ends the sum here."""
         try:
             yield self._in_turn(step)

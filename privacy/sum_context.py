@@ -115,7 +115,8 @@ class SumContext:
         names = {field.name for field in fields(cls)}
         if not isinstance(body, dict) or set(body) != names or not isinstance(body["cohort"], list):
             raise refusal("malformed", "the sum's context does not have the keys that it must have")
-        context = cls(**{**body, "cohort": tuple(body["cohort"])})
+        values: dict[str, Any] = {**body, "cohort": tuple(body["cohort"])}
+        context = cls(**values)
         if context.to_bytes() != data:
             raise refusal("malformed", "the sum's context is not written canonically")
         return context
