@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-__all__ = ["RULE", "DemoSplit", "LenderRows", "demo_loans", "split_demo", "split_unequal"]
+__all__ = ["RULE", "SEGMENTS", "DemoSplit", "LenderRows", "demo_loans", "split_demo", "split_unequal"]
 
 RULE = """\
 30% of the loans, drawn at random within each outcome, are held out for the comparison; no lender trains on them.
@@ -156,14 +156,14 @@ def _at_most_700(loans: "pd.DataFrame") -> "NDArray[np.bool_]":
     return np.asarray(loans["Amount"] <= 700)
 
 
-# whom each small lender serves; the first one chooses first
-_SEGMENTS: "tuple[tuple[str, Callable[[pd.DataFrame], NDArray[np.bool_]]], ...]" = (
+SEGMENTS: "tuple[tuple[str, Callable[[pd.DataFrame], NDArray[np.bool_]]], ...]" = (
     ("tenant-micro", _tenants),
     ("family-micro", _neither_own_nor_rent),
     ("starter-micro", _at_most_a_year_in_the_job),
     ("freelance-micro", _freelancers),
     ("basket-micro", _at_most_700),
 )
+"""Whom each small lender serves, as a mask over a table; the first one chooses first."""
 
 
 def _share_out(
@@ -171,7 +171,7 @@ def _share_out(
 ) -> tuple[tuple[LenderRows, ...], tuple[LenderRows, ...]]:
     """Return the rows of the banks and of the small lenders; outcomes are no argument."""
     small_lenders: list[LenderRows] = []
-    for name, serves in _SEGMENTS:
+    for name, serves in SEGMENTS:
         own = rows[serves(frame.iloc[rows])]
         if len(own) < FROM_OWN_SEGMENT:
             msg = f"{len(own)} loans are left for {name}, its segment needs {FROM_OWN_SEGMENT}; give the demo its table"
