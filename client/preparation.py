@@ -13,22 +13,37 @@ from fedfin.config import DataSource
 from fedfin.credit.schema import Schema
 from fedfin.credit.source import Loans, read_loans
 from fedfin.errors import DataError
-from fedfin.privacy.snapshot import Snapshot, snapshot_of
+from fedfin.privacy.snapshot import Snapshot, loans_in, snapshot_of
 
-__all__ = ["PreparedLoans", "prepare"]
+__all__ = ["CountedLoans", "PreparedLoans", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class CountedLoans:
+    """The held-out loans that the federation's evaluations count, under the digest by which the ledger knows them."""
+
+    loans: Loans
+    snapshot: Snapshot
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedLoans:
-    """The loans that train, those that judge, and the digest under which the ledger knows the first.
+    """The loans that train, those that judge, and the digests under which the ledger knows both.
 
-    Held-out loans never leave the lender and train nothing, so they cost no budget.
+    Attributes:
+        schema: The federation's.
+        train: Training loans.
+        holdout: Held-out loans: what this lender judges a model by, for itself.
+        snapshot: The training loans' digests.
+        counted: The held-out loans less those that train as well, which a `holdout.source` may hold: they would flatter
+            the model, and be charged twice. None where none is left.
     """
 
     schema: Schema = field(repr=False)
     train: Loans
     holdout: Loans
     snapshot: Snapshot
+    counted: CountedLoans | None = None
 
 
 def prepare(folder: LenderFolder, *, looking: bool = False) -> PreparedLoans:
@@ -63,15 +78,38 @@ def prepare(folder: LenderFolder, *, looking: bool = False) -> PreparedLoans:
         train, holdout = _split(loans, config.holdout.fraction, salt)
     _refuse_one_outcome(train, "training", "data")
     _refuse_one_outcome(holdout, "held-out", "holdout")
-    snapshot = snapshot_of(
-        train.frame,
-        train.labels,
+    snapshot = _snapshot(train, config.data, schema, salt)
+    counted = _counted(holdout, snapshot, config.holdout.source or config.data, schema, salt)
+    return PreparedLoans(schema=schema, train=train, holdout=holdout, snapshot=snapshot, counted=counted)
+
+
+def _counted(
+    holdout: Loans, training: Snapshot, source: DataSource, schema: Schema, salt: bytes
+) -> CountedLoans | None:
+    trains = loans_in(
+        training,
+        holdout.frame,
+        holdout.labels,
         salt,
-        loan_ids=train.loan_ids,
-        id_name=config.data.loan_id or "",
-        reading=_reading(config.data, schema),
+        loan_ids=holdout.loan_ids,
+        id_name=source.loan_id or "",
+        reading=_reading(source, schema),
     )
-    return PreparedLoans(schema=schema, train=train, holdout=holdout, snapshot=snapshot)
+    if trains.all():
+        return None
+    loans = _take(holdout, ~trains) if trains.any() else holdout
+    return CountedLoans(loans, _snapshot(loans, source, schema, salt))
+
+
+def _snapshot(loans: Loans, source: DataSource, schema: Schema, salt: bytes) -> Snapshot:
+    return snapshot_of(
+        loans.frame,
+        loans.labels,
+        salt,
+        loan_ids=loans.loan_ids,
+        id_name=source.loan_id or "",
+        reading=_reading(source, schema),
+    )
 
 
 def _reading(source: DataSource, schema: Schema) -> str:

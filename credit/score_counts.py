@@ -115,15 +115,15 @@ def split_counts(counts: "NDArray[np.float64]", schema: Schema) -> ScoreCounts:
 
 def cell_edges() -> "NDArray[np.float64]":
     """Return the probabilities that bound the cells of the score, shape (NUM_SCORE_CELLS + 1,), from 0 to 1."""
-    return _probability(np.arange(NUM_SCORE_CELLS + 1))
+    return _probability(np.arange(NUM_SCORE_CELLS + 1, dtype=np.float64))
 
 
 def cell_centres() -> "NDArray[np.float64]":
     """Return the probability that a loan of each cell is taken to have, shape (NUM_SCORE_CELLS,), in (0, 1)."""
-    return _probability(np.arange(NUM_SCORE_CELLS) + 0.5)
+    return _probability(np.arange(NUM_SCORE_CELLS, dtype=np.float64) + 0.5)
 
 
-def _probability(places: "NDArray[np.float64] | NDArray[np.int64]") -> "NDArray[np.float64]":
+def _probability(places: "NDArray[np.float64]") -> "NDArray[np.float64]":
     edges: NDArray[np.float64] = np.sin(places * (np.pi / 2 / NUM_SCORE_CELLS)) ** 2
     return edges
 

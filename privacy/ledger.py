@@ -139,7 +139,7 @@ class Ledger:
 
         Args:
             job_id: A reserved job.
-            stage: What leaves, "statistics", "bins", "round 7" or "evaluation"; each leaves once.
+            stage: What leaves, "statistics", "bins", "round 7" or "evaluation 1"; each leaves once.
             events: What the release costs; at least one, out of the reservation.
             release_digest: Digest of the bytes that leave.
 

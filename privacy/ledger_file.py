@@ -30,7 +30,7 @@ StageKind: TypeAlias = Literal["", "statistics", "bins", "training", "evaluation
 _Fields: TypeAlias = tuple[Kind, str, str, str, StageKind, int, str, float, float, str, str]  # but the events
 
 _BUSY_TIMEOUT_S = 10.0
-_STAGE = re.compile(r"(?P<kind>statistics|bins|evaluation)|round (?P<round>[1-9][0-9]{0,8})")
+_STAGE = re.compile(r"(?P<once>statistics|bins)|(?P<many>round|evaluation) (?P<number>[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Entry:
     snapshot: str
     stage: str  # of a commit, as `Stage.parse` reads it: "bins", "round 7"
     stage_kind: StageKind  # of a commit
-    round: int  # of a commit of training, from 1
+    round: int  # of a commit of training or of an evaluation: its number, from 1
     release_digest: str  # of a commit
     delta: float  # as the job was reserved
     epsilon_limit: float  # as the job was reserved
@@ -56,22 +56,22 @@ class Stage:
     """What a release is part of: aggregate statistics, the bins' histograms, a training round, an evaluation."""
 
     kind: StageKind
-    round: int  # of training, from 1; 0 otherwise
+    round: int  # number of the training round or of the evaluation, from 1; 0 otherwise
 
     @classmethod
     def parse(cls, text: str) -> "Stage":
-        """Read "statistics", "bins", "evaluation" or "round 7".
+        """Read "statistics", "bins", "round 7" or "evaluation 1".
 
         Raises:
             PrivacyParameterError: The text is none of these.
         """
         match = _STAGE.fullmatch(text)
         if match is None:
-            msg = f"stage is {text!r}; it must be statistics, bins, evaluation, or round and its number"
+            msg = f"stage is {text!r}; it must be statistics, bins, or round or evaluation and its number"
             raise PrivacyParameterError(msg)
-        if match["round"]:
-            return cls("training", int(match["round"]))
-        return cls(cast("StageKind", match["kind"]), 0)
+        if match["once"]:
+            return cls(cast("StageKind", match["once"]), 0)
+        return cls("training" if match["many"] == "round" else "evaluation", int(match["number"]))
 
 
 class LedgerFile:

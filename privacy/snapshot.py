@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedfin.errors import DataError, PrivacyParameterError
 
-__all__ = ["ROW_BYTES", "Snapshot", "snapshot_of"]
+__all__ = ["ROW_BYTES", "Snapshot", "loans_in", "snapshot_of"]
 
 ROW_BYTES = 16
 """Of a loan's digest: among a billion loans two are mistaken for one with a chance of 1e-21."""
@@ -70,6 +70,42 @@ def snapshot_of(
         DataError: The table is empty, two columns share a name, or the labels are not one for each row.
         PrivacyParameterError: The salt is too short.
     """
+    scheme, digests, of_loans = _digests(frame, labels, salt, loan_ids, id_name, reading)
+    table = hashlib.sha256(_header(frame, salt) + b"".join(sorted(digests)))
+    rows = b"".join(sorted({digest[:ROW_BYTES] for digest in of_loans}))
+    return Snapshot(table.hexdigest(), scheme, rows)
+
+
+def loans_in(
+    snapshot: Snapshot,
+    frame: pd.DataFrame,
+    labels: ArrayLike,
+    salt: bytes,
+    *,
+    loan_ids: ArrayLike | None = None,
+    id_name: str = "",
+    reading: str = "",
+) -> NDArray[np.bool_]:
+    """Tell which loans of a table are in a snapshot, shape (n,); none where their digests cannot be compared.
+
+    Arguments and errors as `snapshot_of`.
+    """
+    scheme, _, of_loans = _digests(frame, labels, salt, loan_ids, id_name, reading)
+    if scheme != snapshot.scheme:
+        return np.zeros(len(frame), dtype=np.bool_)
+    held = {snapshot.rows[at : at + ROW_BYTES] for at in range(0, len(snapshot.rows), ROW_BYTES)}
+    return np.array([digest[:ROW_BYTES] in held for digest in of_loans])
+
+
+def _digests(
+    frame: pd.DataFrame,
+    labels: ArrayLike,
+    salt: bytes,
+    loan_ids: ArrayLike | None,
+    id_name: str,
+    reading: str,
+) -> tuple[str, list[bytes], list[bytes]]:
+    """Return the scheme, the digests that make up the table's, and those of its loans, both in the rows' order."""
     if len(salt) < _MIN_SALT_BYTES:
         msg = f"the snapshot salt has {len(salt)} bytes; draw {_MIN_SALT_BYTES} or more with secrets.token_bytes"
         raise PrivacyParameterError(msg)
@@ -82,22 +118,24 @@ def snapshot_of(
         raise DataError(msg)
     columns = [frame.iloc[:, names.index(name)] for name in sorted(names)]
     cells = [_cells(column) for column in [*columns, pd.Series(np.asarray(labels))]]
-    header = repr((len(salt), sorted(names))).encode() + salt
+    header = _header(frame, salt)
     if loan_ids is None:
         # the columns and their kinds: a loan under another schema has another digest, and must not look new
         kinds = [column.shape[1] for column in cells]
-        scheme = f"row {_short((_short(salt), sorted(names), kinds, reading))}"
         digests = _row_digests(header, cells)
-        of_loans = digests
-    else:
-        ids = pd.Series(np.asarray(loan_ids, dtype=object))
-        assert len(ids) == len(frame)  # noqa: S101
-        scheme = f"loan_id {_short((_short(salt), id_name))}"
-        digests = _row_digests(header, [*cells, _cells(ids)])
-        of_loans = _row_digests(b"fedfin loan\n" + salt, [_cells(ids)])
-    table = hashlib.sha256(header + b"".join(sorted(digests)))
-    rows = b"".join(sorted({digest[:ROW_BYTES] for digest in of_loans}))
-    return Snapshot(table.hexdigest(), scheme, rows)
+        return f"row {_short((_short(salt), sorted(names), kinds, reading))}", digests, digests
+    ids = pd.Series(np.asarray(loan_ids, dtype=object))
+    assert len(ids) == len(frame)  # noqa: S101
+    digests = _row_digests(header, [*cells, _cells(ids)])
+    return (
+        f"loan_id {_short((_short(salt), id_name))}",
+        digests,
+        _row_digests(b"fedfin loan\n" + salt, [_cells(ids)]),
+    )
+
+
+def _header(frame: pd.DataFrame, salt: bytes) -> bytes:
+    return repr((len(salt), sorted(str(name) for name in frame.columns))).encode() + salt
 
 
 def _row_digests(header: bytes, cells: list[NDArray[np.uint8]]) -> list[bytes]:

@@ -176,14 +176,16 @@ def test_an_upgrade_that_fails_leaves_the_file_as_it_was(path, monkeypatch):
         ("statistics", Stage("statistics", 0)),
         ("bins", Stage("bins", 0)),
         ("round 7", Stage("training", 7)),
-        ("evaluation", Stage("evaluation", 0)),
+        ("evaluation 1", Stage("evaluation", 1)),
     ],
 )
 def test_a_stage_is_of_one_of_four_kinds(text, stage):
     assert Stage.parse(text) == stage
 
 
-@pytest.mark.parametrize("text", ["", "round", "round 0", "round x", "round 1 ", "bins 2", "scoring"])
+@pytest.mark.parametrize(
+    "text", ["", "round", "round 0", "round x", "round 1 ", "bins 2", "scoring", "evaluation", "evaluation 0"]
+)
 def test_a_stage_of_no_kind_is_refused(text):
-    with pytest.raises(PrivacyParameterError, match="must be statistics, bins, evaluation, or round"):
+    with pytest.raises(PrivacyParameterError, match="must be statistics, bins, or round or evaluation"):
         Stage.parse(text)
