@@ -14,19 +14,20 @@ decline would tell without noise what the counts say under noise.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedfin.client.costs import covering
 from fedfin.client.preparation import CountedLoans, PreparedLoans
 from fedfin.config import LenderPolicy
 from fedfin.credit.binning import Bins, encode
 from fedfin.credit.models import Architecture, encoding_of, predict
 from fedfin.credit.schema import Schema
 from fedfin.credit.score_counts import count_scores, evaluation_cells, evaluation_sensitivity
-from fedfin.errors import BudgetSpentError, DataError
+from fedfin.errors import BudgetSpentError, DataError, PrivacyParameterError
 from fedfin.plan import JobPlan
+from fedfin.privacy.accounting import epsilon_rdp
 from fedfin.privacy.evaluation_noise import evaluation_event, evaluation_job, evaluation_scheme
 from fedfin.privacy.events import Event
 from fedfin.privacy.ledger import Ledger
 from fedfin.privacy.noise import NoiseSource
-from fedfin.privacy.shared_events import shared_event
 from fedfin.privacy.shares import ShareScheme
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def reserve_evaluations(
     plan: JobPlan,
     loans: PreparedLoans,
     policy: LenderPolicy,
-    num_lenders: int,
+    num_members: int,
 ) -> CountedLoans:
     """Reserve all evaluations of a job on the held-out loans, where the mode has a budget; return the loans to count.
 
@@ -58,7 +59,7 @@ def reserve_evaluations(
         plan: With an evaluation at least.
         loans: The lender's.
         policy: States limit and delta.
-        num_lenders: Lenders of the roster, for mode shared.
+        num_members: Members of the roster, for mode shared.
 
     Raises:
         BudgetSpentError: The limit leaves no room on the held-out loans: the lender declines the evaluations.
@@ -73,7 +74,7 @@ def reserve_evaluations(
         raise DataError(msg)
     if plan.privacy.mode == "none":
         return loans.counted
-    event = event_of_evaluation(plan, loans.schema, num_lenders)
+    event = event_of_evaluation(plan, loans.schema, num_members)
     try:
         ledger.reserve(
             evaluation_job(job_id),
@@ -94,11 +95,29 @@ def reserve_evaluations(
     return loans.counted
 
 
-def event_of_evaluation(plan: JobPlan, schema: Schema, num_lenders: int) -> Event:
-    """Return what one evaluation costs a held-out loan, modes local and shared; arguments as above."""
-    if plan.privacy.mode == "local":
+def event_of_evaluation(plan: JobPlan, schema: Schema, num_members: int) -> Event:
+    """Return what one evaluation costs a held-out loan, modes local and shared.
+
+    Args:
+        plan: With an evaluation at least.
+        schema: The federation's.
+        num_members: Members of the roster: in mode shared the sum of any cohort of them costs no more than this.
+
+    Raises:
+        PrivacyParameterError: The mode is none, or no noise meets the plan for every size of cohort.
+    """
+    if plan.privacy.mode != "shared":
         return evaluation_event(plan)
-    return shared_event(scheme_of_evaluation(plan, schema, num_lenders))
+    cohorts = range(plan.cohort.min_lenders, num_members + 1)
+    event = covering(scheme_of_evaluation(plan, schema, num_lenders) for num_lenders in cohorts)
+    epsilon = epsilon_rdp([replace(event, count=plan.evaluation.times)], plan.privacy.delta)
+    if epsilon > plan.privacy.epsilon:
+        msg = (
+            f"evaluations of any {plan.cohort.min_lenders} to {num_members} lenders may cost epsilon {epsilon:g}, and"
+            f" privacy.epsilon is {plan.privacy.epsilon:g}; lower evaluation.times, or raise cohort.min_lenders"
+        )
+        raise PrivacyParameterError(msg)
+    return event
 
 
 def scheme_of_evaluation(plan: JobPlan, schema: Schema, num_lenders: int) -> ShareScheme:

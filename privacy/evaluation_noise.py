@@ -13,19 +13,17 @@ from fedfin.errors import PrivacyParameterError
 from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import GaussianEvent, calibrate_releases, epsilon_rdp
 from fedfin.privacy.events import gap_of
-from fedfin.privacy.shared_events import SharedNoiseEvent, shared_event
+from fedfin.privacy.shared_events import shared_event
 from fedfin.privacy.shares import Cohort, ShareScheme, SumShape, make_scheme
 
 __all__ = [
-    "MOST_COUNTED",
     "evaluation_event",
     "evaluation_job",
     "evaluation_scheme",
-    "shared_evaluation_event",
 ]
 
-MOST_COUNTED: Final = 20_000
-"""Mode shared: a lender's counts are scaled down to the norm that this many loans in the same cells would have."""
+_SPARE: Final = 2e-3
+"""Of epsilon: what a lender reserves covers cohorts of any size, and so the coarsest of their lattices."""
 
 
 def evaluation_job(job_id: str) -> str:
@@ -53,6 +51,8 @@ def evaluation_scheme(plan: JobPlan, *, num_lenders: int, num_cells: int, sensit
     """Return how the lenders of one evaluation round and add their shares of the noise, for mode shared.
 
     The noise is that of the planned shares alone, and `evaluation.times` sums meet the plan's epsilon, lattice and all.
+    As with the histogram for the bins, a lender's counts are scaled down to the norm that `training.weight_cap` loans
+    in the same cells would have, so that the lattice can be fine and no bank owns the figures.
 
     Args:
         plan: Mode shared, with an evaluation at least.
@@ -66,11 +66,12 @@ def evaluation_scheme(plan: JobPlan, *, num_lenders: int, num_cells: int, sensit
     _require(plan, "shared")
     privacy, times = plan.privacy, plan.evaluation.times
     cohort = Cohort(num_lenders, privacy.planned_dropouts, privacy.planned_colluders)
-    shape = SumShape(num_cells, sensitivity, MOST_COUNTED * sensitivity)
+    shape = SumShape(num_cells, sensitivity, plan.training.weight_cap * sensitivity)
     # The lattice's gap, taken at the noise without it, is the larger one: more noise, finer lattice.
-    first = make_scheme(calibrate_releases(privacy.epsilon, privacy.delta, times), cohort, shape)
+    whole = privacy.epsilon * (1.0 - _SPARE)
+    first = make_scheme(calibrate_releases(whole, privacy.delta, times), cohort, shape)
     gap = gap_of([shared_event(first, count=times)])
-    epsilon, delta = gap.continuous(privacy.epsilon), gap.delta_left(privacy.delta)
+    epsilon, delta = gap.continuous(whole), gap.delta_left(privacy.delta)
     if epsilon < 0.8 * privacy.epsilon or delta < 0.5 * privacy.delta:
         msg = (
             f"the lattice would leave {epsilon:.2g} of privacy.epsilon {privacy.epsilon:g} and {max(delta, 0.0):.2g} of"
@@ -80,11 +81,6 @@ def evaluation_scheme(plan: JobPlan, *, num_lenders: int, num_cells: int, sensit
     scheme = make_scheme(calibrate_releases(epsilon, delta, times), cohort, shape)
     assert epsilon_rdp([shared_event(scheme, count=times)], privacy.delta) <= privacy.epsilon  # noqa: S101  (our bug)
     return scheme
-
-
-def shared_evaluation_event(scheme: ShareScheme) -> SharedNoiseEvent:
-    """Return one evaluation under noise in shares."""
-    return shared_event(scheme)
 
 
 def _require(plan: JobPlan, mode: str) -> None:
