@@ -174,8 +174,9 @@ class Combiner:
         if values.dtype != np.uint32 or values.shape != (self._size,):
             raise refusal("vector", f"the vector of {name} has shape {values.shape}, not ({self._size},)")
         if self._sum is None:
-            self._sum = np.zeros(self._size, dtype=np.uint32)
-        np.add(self._sum, values, out=self._sum)
+            self._sum = values.copy()
+        else:
+            np.add(self._sum, values, out=self._sum)
         self._folded.add(name)
 
     def settle(self) -> frozenset[str]:

@@ -27,7 +27,7 @@ __all__ = ["RING_BITS", "Layout", "Segment", "finest_step", "pack", "ring_for", 
 RING_BITS: Final = (24, 32)
 """The two rings, by the bits of a word."""
 
-_BLOCK: Final = 2**14  # values encoded at a time: their float64 copies stay in the second-level cache
+_BLOCK: Final = 2**16  # values encoded at a time: their float64 copies stay in the second-level cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,23 +150,27 @@ class Layout:
         Raises:
             PrivacyParameterError: The vector is not of the layout's length.
         """
-        quanta = self.decode_integers(total)
         return {
-            segment.name: np.multiply(quanta[segment.name], segment.step, dtype=np.float64)
-            for segment in self.segments
+            name: np.multiply(quanta, step, dtype=np.float64) for name, step, quanta in self._signed(total)
         }
 
     def decode_integers(self, total: NDArray[np.uint32]) -> dict[str, NDArray[np.int64]]:
         """Return the sums in quanta by segment name, each of shape (size,); arguments and errors as `decode`."""
+        return {name: quanta.astype(np.int64) for name, _, quanta in self._signed(total)}
+
+    def _signed(self, total: NDArray[np.uint32]) -> Iterator[tuple[str, float, NDArray[np.int32]]]:
+        """Yield each segment's name, step and sums in quanta."""
         if total.dtype != np.uint32 or total.shape != (self.size,):
             msg = (
                 f"a sum of shape {total.shape} and type {total.dtype} is not one of {self.size} ring elements"
             )
             raise PrivacyParameterError(msg)
-        # the ring's highest bit becomes the sign
-        unused = 32 - self.ring_bits
-        signed = (total << np.uint32(unused)).view(np.int32) >> np.int32(unused)
-        return {segment.name: signed[where].astype(np.int64) for segment, where in self._places()}
+        for segment, where in self._places():
+            signed = np.ascontiguousarray(total[where]).view(np.int32)
+            if self.ring_bits == 24:
+                # the ring's highest bit becomes the sign
+                signed = (signed << np.int32(8)) >> np.int32(8)
+            yield segment.name, segment.step, signed
 
     def _places(self) -> Iterator[tuple[Segment, slice]]:
         start = 0
