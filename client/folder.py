@@ -38,6 +38,8 @@ class LenderFolder:
         self.models_path = self.directory / "models"
         self.jobs_path = self.directory / "jobs"
         self.ledger_path = self.directory / "ledger.db"
+        self.roster_path = self.directory / "roster.json"
+        self.proposed_roster_path = self.directory / "roster.proposed.json"
         self.journal = Journal(self.directory / "log.jsonl")
 
     def schema(self) -> Schema:
@@ -177,8 +179,13 @@ class JobFolder:
 
     path: Path
 
+    @property
+    def sums_path(self) -> Path:
+        """Where the job's secure sums are logged (`fedfin.client.sum_log`)."""
+        return self.path / "sums"
+
     def accepted(self) -> dict[str, Any] | None:
-        """Return what was accepted (job, plan, snapshot, weight), or None.
+        """Return what was accepted (`fedfin.client.accepted`), or None.
 
         Raises:
             ConfigError: The file is damaged.
@@ -213,9 +220,10 @@ class JobFolder:
             return None
 
     def close(self) -> None:
-        """Mark the job as over, durably, and delete the kept answers: nobody may ask again."""
+        """Mark the job as over, durably, and delete the kept answers and models: nobody may ask again."""
         write_public(self.path / "over", b"")
         shutil.rmtree(self.path / "outbox", ignore_errors=True)
+        shutil.rmtree(self.sums_path, ignore_errors=True)
 
     def is_over(self) -> bool:
         """Tell whether the job was ended here."""

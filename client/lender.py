@@ -1,88 +1,72 @@
-"""How a lender answers a coordinator: propose, histogram, train, finish. No Flower here.
+"""How a lender answers a coordinator: propose, the stages of a job in clear or in secure sums, finish. No Flower here.
 
-Every answer that carries something of the loans is first kept on disk, then charged to the ledger, then sent. A
-repeated question (the coordinator was restarted) gets the answer that was kept, so nothing is charged twice; an
-answer that was kept but not charged never left, so it is made anew.
+What is computed stands in `stages`; how it leaves by itself in `answers`, how in a sum that hides it in `masking`. Both
+charge the ledger before a byte leaves.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-from numpy.typing import NDArray
+from pydantic import ValidationError
 
+from fedfin.client.accepted import AcceptedJob, require_accepted
+from fedfin.client.answers import answer_once
 from fedfin.client.evaluation import EVALUATION_FILE, evaluate, give_up
-from fedfin.client.folder import JobFolder, LenderFolder
-from fedfin.client.histograms import noisy_histogram
-from fedfin.client.policy import check_plan, check_size, check_weights
+from fedfin.client.folder import LenderFolder
+from fedfin.client.masking import RULES, Masking
+from fedfin.client.pinning import accept_roster
+from fedfin.client.policy import check_plan
 from fedfin.client.preparation import PreparedLoans, prepare
-from fedfin.client.training import LocalPrivacy, train_locally
-from fedfin.credit.binning import Bins, encode
+from fedfin.client.refusing import reason_for, write_refusal
+from fedfin.client.scoring import reserve_evaluations
+from fedfin.client.stages import Question, Stages
 from fedfin.credit.drift import Reference
 from fedfin.credit.export import ReleasedModel, load_model, model_digest, save_model
-from fedfin.credit.models import (
-    Architecture,
-    architecture_of,
-    encoding_of,
-    model_fingerprint,
-    num_parameters,
-    require_same_fingerprint,
-)
 from fedfin.errors import (
     BudgetSpentError,
     ConfigError,
     DataError,
     FedfinError,
-    LedgerError,
     LinkError,
     PolicyRefusalError,
+    ProtocolRefusalError,
     SchemaMismatchError,
     TrainingError,
 )
 from fedfin.files import write_public
+from fedfin.identity import public_pem
 from fedfin.plan import JobPlan
-from fedfin.privacy.accounting import CalibratedNoise, GaussianEvent, calibrate, job_events
-from fedfin.privacy.noise import NoiseSource, SecureNoise, require_production
+from fedfin.privacy.evaluation_noise import evaluation_job
 from fedfin.strategies.strategy import lender_weight
 from fedfin.update import (
     Accepted,
     AskHistogram,
+    Confirm,
     Done,
+    Evaluate,
     Finish,
-    Histogram,
+    Mask,
     Message,
+    Open,
     Propose,
     Refused,
+    ShareKeys,
     Train,
-    Update,
+    Unmask,
     decode,
+    encode,
 )
-from fedfin.update import encode as encode_message
 
 __all__ = ["Lender"]
 
 # a folder and a line of the log on any machine
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,79}")
-_REASONS: Final[dict[type[FedfinError], str]] = {
-    # What stays inside is in the lender's own log; the coordinator learns only what it needs to go on.
-    BudgetSpentError: "its privacy budget does not allow the job",
-    DataError: "its loans do not pass its own check",
-    LedgerError: "its privacy ledger cannot record",
-    TrainingError: "its training did not succeed",
-    ConfigError: "its installation needs its engineer",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What a stage does, and what it is charged: known before a loan is looked at."""
-
-    run: Callable[[], Message]
-    events: tuple[GaussianEvent, ...]
+_QUESTIONS: Final[tuple[type[Message], ...]] = (
+    *(Propose, AskHistogram, Train, Evaluate, Finish),
+    *(Open, ShareKeys, Mask, Confirm, Unmask),
+)
 
 
 class Lender:
@@ -92,22 +76,24 @@ class Lender:
         """Read the loans and open the ledger.
 
         Raises:
-            ConfigError: bank.yaml, schema.yaml or a source does not hold.
+            ConfigError: bank.yaml, schema.yaml, a key or a source does not hold.
             DataError: The loans break the schema; `fedfin client check` shows all faults.
             LedgerError: The ledger cannot be opened.
         """
         self._folder = folder
         self._say = say
-        self._loans = prepare(folder)
+        identity = folder.keys().identity
+        self._own_key = public_pem(identity.public_key())
+        self._stages = Stages(folder, prepare(folder))
         self._ledger = folder.ledger()
-        self._noise: NoiseSource = require_production(SecureNoise())
-        self._encoded: tuple[str, NDArray[np.float32]] | None = None
+        self._masking = Masking(folder, self._ledger, identity)
+        self._accepted: AcceptedJob | None = None
         self.job_id: str | None = None
 
     @property
     def loans(self) -> PreparedLoans:
         """The loans as read at the start or at the last proposal."""
-        return self._loans
+        return self._stages.loans
 
     def close(self) -> None:
         """Close the ledger."""
@@ -119,14 +105,14 @@ class Lender:
         Raises:
             LinkError: The bytes are no question of this release.
         """
-        question = decode(data, Propose, AskHistogram, Train, Finish)
+        question = decode(data, *_QUESTIONS)
         if not _JOB_ID.fullmatch(question.job_id):
             msg = f"the coordinator named a job {question.job_id[:80]!r}; a job's id is letters, digits and dashes"
             raise LinkError(msg)
         try:
             return self._answer(question, data)
         except FedfinError as error:
-            return encode_message(self._refuse(question, error))
+            return encode(self._refuse(question, error))
 
     def evaluate_pending(self) -> int:
         """Judge every model that was received and not yet judged; return how many."""
@@ -134,12 +120,12 @@ class Lender:
         for path in sorted(self._folder.models_path.glob("*/model.json")):
             if (path.parent / EVALUATION_FILE).exists():
                 continue
-            self._say(f"judging model {path.parent.name[:12]} on {len(self._loans.holdout)} held-out loans")
+            self._say(f"judging model {path.parent.name[:12]} on {len(self.loans.holdout)} held-out loans")
             try:
                 model = load_model(path.parent)
                 accepted = self._folder.job(model.job_id).accepted() or {}
-                same = accepted.get("snapshot") == self._loans.snapshot.digest
-                result = evaluate(model, self._loans.train, self._loans.holdout, path.parent, same_loans=same)
+                same = accepted.get("snapshot") == self.loans.snapshot.digest
+                result = evaluate(model, self.loans.train, self.loans.holdout, path.parent, same_loans=same)
             except (ConfigError, DataError, TrainingError) as error:
                 # One model that cannot be judged must not keep the others from it, nor be tried for ever.
                 give_up(path.parent, str(error))
@@ -154,33 +140,37 @@ class Lender:
     def _answer(self, question: Message, data: bytes) -> bytes:
         match question:
             case Propose():
-                answer: Message = self._propose(question)
+                return encode(self._propose(question))
             case Finish():
-                answer = self._finish(question)
-            case AskHistogram():
-                return self._once("bins", question, data, self._histogram)
-            case Train():
-                return self._once(f"round {question.round}", question, data, self._train)
+                return encode(self._finish(question))
+            case AskHistogram() | Train() | Evaluate():
+                answer = self._in_clear(question, data)
+            case Open() | ShareKeys() | Mask() | Confirm() | Unmask():
+                answer = self._masking.answer(question, data, self._job(question.job_id), self._stages)
             case _:
                 msg = f"{type(question).__name__} is no question"
                 raise LinkError(msg)
-        return encode_message(answer)
+        self.job_id = question.job_id
+        return answer
+
+    def _in_clear(self, question: Question, data: bytes) -> bytes:
+        job = self._job(question.job_id)
+        if job.roster is not None:
+            what = f"job {job.job_id} was accepted with aggregation secure; the rule is that {RULES['aggregation']}"
+            raise ProtocolRefusalError("aggregation", what)
+        work = self._stages.answer(question, job)
+        answer = answer_once(data, job, work, self._ledger, self._folder.journal)
+        self._say(f"job {job.job_id}: {work.stage} answered")
+        return answer
 
     def _refuse(self, question: Message, error: FedfinError) -> Refused:
-        reason = next((text for kind, text in _REASONS.items() if isinstance(error, kind)), str(error))
-        self._folder.journal.write(
-            "refused",
-            job=question.job_id,
-            asked=type(question).__name__,
-            rule=type(error).__name__,
-            reason=str(error),
-        )
+        write_refusal(self._folder.journal, question.job_id, type(question).__name__, error)
         self._say(f"refused {type(question).__name__} of job {question.job_id}: {error}")
-        return Refused(question.job_id, reason)
+        return Refused(question.job_id, reason_for(error))
 
     def _propose(self, question: Propose) -> Accepted:
         plan = _parse_plan(question.plan)
-        if question.schema_fingerprint != self._loans.schema.fingerprint():
+        if question.schema_fingerprint != self.loans.schema.fingerprint():
             msg = (
                 "the coordinator's schema is not the one this lender enrolled with; compare schema.yaml at both sides,"
                 " and replace the lender's copy only after its mapping in bank.yaml was checked"
@@ -189,41 +179,7 @@ class Lender:
         job = self._folder.job(question.job_id)
         accepted = job.accepted()
         if accepted is None:
-            check_plan(plan, self._folder.config.policy)
-            self._loans = prepare(self._folder)  # a new job takes the table as it is now
-            self._encoded = None
-            weight = lender_weight(len(self._loans.train), plan.training)
-            if plan.privacy.mode == "local":
-                noise = _noise_of(plan)
-                policy = self._folder.config.policy
-                self._ledger.reserve(
-                    question.job_id,
-                    self._loans.snapshot,
-                    job_events(noise, plan.training.sample_rate, plan.num_steps),
-                    delta=plan.privacy.delta,
-                    epsilon_limit=policy.epsilon_limit,
-                    max_delta=policy.max_delta,
-                )
-            # After the reservation: killed in between, the same proposal reserves the same thing again.
-            job.accept(
-                job=question.job_id,
-                plan=question.plan,
-                plan_digest=plan.digest(),
-                snapshot=self._loans.snapshot.digest,
-                weight=weight,
-            )
-            self._folder.journal.write(
-                "job_accepted",
-                job=question.job_id,
-                plan=plan.digest(),
-                mode=plan.privacy.mode,
-                epsilon=plan.privacy.epsilon if plan.privacy.mode == "local" else None,
-                weight=weight,
-                snapshot=self._loans.snapshot.digest,
-            )
-            self._say(
-                f"accepted job {question.job_id} ({plan.model.kind}, {plan.training.rounds} rounds, {_privacy(plan)})"
-            )
+            self._accept(question, plan)
             accepted = job.accepted() or {}
         elif job.is_over():
             msg = f"job {question.job_id} is over at this lender; start a new job"
@@ -231,108 +187,115 @@ class Lender:
         elif accepted["plan_digest"] != plan.digest():
             msg = f"job {question.job_id} was accepted with another plan; a changed plan needs a new job"
             raise PolicyRefusalError(msg)
+        elif accepted.get("roster", "") != question.roster:
+            what = (
+                f"job {question.job_id} was accepted with another roster; newcomers enter with the next job"
+            )
+            raise ProtocolRefusalError("roster_changed", what)
         self.job_id = question.job_id
         return Accepted(question.job_id, float(accepted["weight"]))
 
-    def _once(
-        self,
-        stage: str,
-        question: Message,
-        data: bytes,
-        make: Callable[[Any, JobPlan], "_Work"],
-    ) -> bytes:
-        """Answer a stage of a job: from what was kept, or by making it, keeping it and charging it.
-
-        Whatever is refused before the work looks at no loan. In a private job the work itself always ends in an
-        answer that is kept and charged, a failure too: an uncharged failure would tell what no noise covers.
-        """
-        job, plan = self._accepted_job(question.job_id)
-        asked = hashlib.sha256(data).digest()
-        kept = job.answer(stage)
-        # Without privacy there is no charge: what was kept counts as sent.
-        charged = plan.privacy.mode == "none" or self._ledger.committed(question.job_id, stage) is not None
-        if kept is not None and charged:
-            if kept[:32] != asked:
-                msg = f"{stage} of job {question.job_id} was answered for another model already; a stage has one answer"
-                raise PolicyRefusalError(msg)
-            self._folder.journal.write("answer_repeated", job=question.job_id, stage=stage)
-            return kept[32:]
-        if charged and kept is None and plan.privacy.mode != "none":
-            msg = f"{stage} of job {question.job_id} was charged but its answer is gone; it is not made twice"
-            raise LedgerError(msg)
-        work = make(question, plan)
-        try:
-            answer = work.run()
-        except Exception as error:
-            if not work.events:
-                raise
-            self._folder.journal.write("work_failed", job=question.job_id, stage=stage, reason=str(error))
-            self._say(f"job {question.job_id}: {stage} failed, and is charged all the same: {error}")
-            answer = Refused(question.job_id, _REASONS[TrainingError])
-        encoded = encode_message(answer)
-        job.keep_answer(stage, asked + encoded)
-        digest = hashlib.sha256(encoded).hexdigest()
-        if work.events:
-            self._ledger.commit(question.job_id, stage, work.events, digest)
-        self._folder.journal.write("released", job=question.job_id, stage=stage, digest=digest)
-        self.job_id = question.job_id
-        self._say(f"job {question.job_id}: {stage} answered")
-        return encoded
-
-    def _histogram(self, question: AskHistogram, plan: JobPlan) -> "_Work":
-        schema = self._loans.schema
-        private = plan.privacy.mode != "none"
-        multiplier = _noise_of(plan).bins_noise_multiplier if private else 0.0
-
-        def run() -> Histogram:
-            frame = self._loans.train.frame
-            counts = noisy_histogram(frame, schema, multiplier if private else None, self._noise)
-            return Histogram(question.job_id, counts)
-
-        return _Work(run, (GaussianEvent(multiplier),) if private else ())
-
-    def _train(self, question: Train, plan: JobPlan) -> "_Work":
-        training = plan.training
-        if not 1 <= question.round <= training.rounds:
-            msg = f"round {question.round} is not one of the plan's {training.rounds}"
-            raise PolicyRefusalError(msg)
-        bins, arch = self._model_of(question, plan)
-        private = plan.privacy.mode != "none"
-        multiplier = _noise_of(plan).training_noise_multiplier if private else 0.0
-
-        def run() -> Update:
-            delta = train_locally(
-                question.weights,
-                self._encode(bins, arch),
-                self._loans.train.labels,
-                architecture=arch,
-                training=training,
-                privacy=LocalPrivacy(multiplier, plan.privacy.clipping_bound) if private else None,
-                noise=self._noise,
+    def _accept(self, question: Propose, plan: JobPlan) -> None:
+        """Take a new job: within the policy, with its whole cost reserved, durably."""
+        policy, job_id = self._folder.config.policy, question.job_id
+        check_plan(plan, policy)
+        num_members = self._members_of(question, plan)
+        self._stages = Stages(self._folder, prepare(self._folder))  # a new job takes the table as it is now
+        self._accepted = None
+        snapshot = self.loans.snapshot
+        # in a secure sum the weight leaves in no message, but in the sum
+        weight = 0.0
+        if plan.aggregation == "plain":
+            weight = lender_weight(len(self.loans.train), plan.training)
+        if plan.privacy.mode != "none":
+            self._ledger.reserve(
+                job_id,
+                snapshot,
+                self._stages.costs(plan, num_members).whole,
+                delta=plan.privacy.delta,
+                epsilon_limit=policy.epsilon_limit,
+                max_delta=policy.max_delta,
             )
-            return Update(question.job_id, question.round, question.fingerprint, delta)
+        # After the reservation: killed in between, the same proposal reserves the same thing again.
+        self._folder.job(job_id).accept(
+            job=job_id,
+            plan=question.plan,
+            plan_digest=plan.digest(),
+            snapshot=snapshot.digest,
+            counted=self._reserve_evaluations(job_id, plan, num_members),
+            roster=question.roster,
+            weight=weight,
+        )
+        self._folder.journal.write(
+            "job_accepted",
+            job=job_id,
+            plan=plan.digest(),
+            aggregation=plan.aggregation,
+            mode=plan.privacy.mode,
+            epsilon=None if plan.privacy.mode == "none" else plan.privacy.epsilon,
+            weight=weight,
+            snapshot=snapshot.digest,
+        )
+        self._say(
+            f"accepted job {job_id} ({plan.model.kind}, {plan.training.rounds} rounds, {_privacy(plan)})"
+        )
 
-        events = (GaussianEvent(multiplier, training.sample_rate, training.local_steps),) if private else ()
-        return _Work(run, events)
+    def _members_of(self, question: Propose, plan: JobPlan) -> int:
+        """Return the roster's size, of a roster that this lender goes by; 0 for plain aggregation."""
+        if plan.aggregation == "plain":
+            if question.roster:
+                msg = "a job of aggregation plain came with a roster; both sides must run the same release"
+                raise LinkError(msg)
+            return 0
+        roster = accept_roster(self._folder, question.roster, self._own_key)
+        if len(roster.keys) < plan.cohort.min_lenders:
+            msg = (
+                f"the roster has {len(roster.keys)} members, and cohort.min_lenders is {plan.cohort.min_lenders}; wait"
+                " for more to join"
+            )
+            raise PolicyRefusalError(msg)
+        return len(roster.keys)
+
+    def _reserve_evaluations(self, job_id: str, plan: JobPlan, num_members: int) -> str:
+        """Reserve the job's evaluations; return the digest of the loans they count, or "" where there are none.
+
+        A lender that cannot evaluate trains all the same.
+        """
+        if not plan.evaluation.times:
+            return ""
+        policy = self._folder.config.policy
+        try:
+            counted = reserve_evaluations(self._ledger, job_id, plan, self.loans, policy, num_members)
+        except (BudgetSpentError, DataError) as error:
+            self._folder.journal.write("evaluations_declined", job=job_id, reason=str(error))
+            self._say(f"job {job_id}: this lender trains, and takes no part in the evaluations: {error}")
+            return ""
+        return counted.snapshot.digest
+
+    def _job(self, job_id: str) -> AcceptedJob:
+        """Return an open job of these loans; read once, since a secure round asks three times."""
+        if self._accepted is None or self._accepted.job_id != job_id:
+            self._accepted = require_accepted(self._folder, job_id, self.loans.snapshot.digest)
+        return self._accepted
 
     def _finish(self, question: Finish) -> Done:
         job = self._folder.job(question.job_id)
         if job.accepted() is None:
             return Done(question.job_id)
         if question.status == "completed" and not self._has_model_of(question.job_id):
-            _, plan = self._accepted_job(question.job_id, same_loans=False)
-            bins, _ = self._model_of(question, plan)
+            plan = require_accepted(self._folder, question.job_id, None).plan
+            bins, _ = self._stages.model_of(question, plan)
             model = ReleasedModel(
                 job_id=question.job_id,
                 rounds=question.rounds,
                 plan=plan.model_dump_json(),
-                schema=self._loans.schema,
+                schema=self.loans.schema,
                 bins=bins,
                 fingerprint=question.fingerprint,
                 weights=question.weights,
             )
             if question.reference:
-                Reference.from_json(question.reference, self._loans.schema)  # refused before anything is kept
+                Reference.from_json(question.reference, self.loans.schema)  # refused before anything is kept
                 write_public(self._folder.directory / "reference.json", question.reference.encode())
             save_model(model, self._folder.models_path / model.digest)
             self._folder.journal.write(
@@ -340,6 +303,9 @@ class Lender:
             )
             self._say(f"job {question.job_id}: model {model.digest[:12]} kept")
         self._ledger.release(question.job_id)
+        self._ledger.release(evaluation_job(question.job_id))
+        self._masking.end(question.job_id)
+        self._accepted = None
         job.close()
         self._folder.journal.write("job_ended", job=question.job_id, status=question.status)
         self.job_id = None
@@ -352,59 +318,19 @@ class Lender:
                 return True
         return False
 
-    def _accepted_job(self, job_id: str, *, same_loans: bool = True) -> tuple[JobFolder, JobPlan]:
-        job = self._folder.job(job_id)
-        accepted = job.accepted()
-        if accepted is None:
-            msg = f"this lender did not accept job {job_id}; propose it first"
-            raise PolicyRefusalError(msg)
-        if same_loans and job.is_over():
-            msg = f"job {job_id} is over at this lender; start a new job"
-            raise PolicyRefusalError(msg)
-        if same_loans and accepted["snapshot"] != self._loans.snapshot.digest:
-            msg = (
-                f"the loans changed since job {job_id} was accepted, and its budget is reserved for the earlier ones;"
-                " restore the table and restart, or wait for the next job"
-            )
-            raise PolicyRefusalError(msg)
-        return job, JobPlan.model_validate_json(accepted["plan"])
-
-    def _model_of(self, question: Train | Finish, plan: JobPlan) -> tuple[Bins, Architecture]:
-        """Rebuild the architecture from the lender's own schema; refuse what does not have its fingerprint."""
-        schema = self._loans.schema
-        try:
-            bins = Bins.from_json(question.bins)
-            arch = architecture_of(plan.model, schema, bins)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            msg = "the coordinator's bins do not fit this lender's schema; compare schema.yaml at both sides"
-            raise SchemaMismatchError(msg) from error
-        own = model_fingerprint(schema.fingerprint(), bins.fingerprint(), arch)
-        require_same_fingerprint(own, question.fingerprint)
-        check_size(num_parameters(arch), self._folder.config.policy)
-        if question.weights.size != num_parameters(arch):
-            msg = f"the coordinator sent {question.weights.size} weights for an architecture of {num_parameters(arch)}"
-            raise SchemaMismatchError(msg)
-        check_weights(question.weights)
-        return bins, arch
-
-    def _encode(self, bins: Bins, arch: Architecture) -> NDArray[np.float32]:
-        key = f"{bins.fingerprint()} {arch.kind}"
-        if self._encoded is None or self._encoded[0] != key:
-            loans = encode(self._loans.train.frame, self._loans.schema, bins, encoding_of(arch.kind))
-            self._encoded = (key, loans)
-        return self._encoded[1]
-
 
 def _parse_plan(text: str) -> JobPlan:
     try:
         return JobPlan.model_validate(json.loads(text))
-    except ValueError as error:
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        msg = f"the proposed plan does not hold: {what}. Both sides must run the same release of fedfin"
+        raise LinkError(msg) from error
+    except (ValueError, RecursionError) as error:
         msg = "the proposed plan does not parse; both sides must run the same release of fedfin"
         raise LinkError(msg) from error
-
-
-def _noise_of(plan: JobPlan) -> CalibratedNoise:
-    return calibrate(plan.privacy, sample_rate=plan.training.sample_rate, num_steps=plan.num_steps)
 
 
 def _privacy(plan: JobPlan) -> str:

@@ -10,6 +10,7 @@ from fedfin.client.folder import LenderFolder
 from fedfin.config import LenderPolicy
 from fedfin.errors import BudgetSpentError, ConfigError
 from fedfin.privacy.accounting import borrower_epsilons
+from fedfin.privacy.evaluation_noise import evaluation_job
 from fedfin.privacy.ledger import Ledger, Spent
 
 __all__ = ["release_job", "status_of"]
@@ -98,5 +99,6 @@ def release_job(config_path: Path, job_id: str) -> None:
     with folder.lock():
         with folder.ledger() as ledger:
             ledger.release(job_id)
+            ledger.release(evaluation_job(job_id))
         job.close()
         folder.journal.write("job_released_by_hand", job=job_id)

@@ -17,7 +17,7 @@ from torch import nn
 
 from fedfin.credit.models import Architecture, build, flatten, initial_weights, load_weights
 from fedfin.errors import TrainingError
-from fedfin.privacy.gradients import PrivateEngine
+from fedfin.privacy.gradients import PerLoanGradients, PrivateEngine
 from fedfin.strategies.strategy import public_size
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedfin.plan import TrainingPlan
     from fedfin.privacy.noise import NoiseSource
 
-__all__ = ["LocalPrivacy", "train_locally", "train_mlp", "train_rounds"]
+__all__ = ["LocalPrivacy", "clipped_gradient", "train_locally", "train_mlp", "train_rounds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,40 @@ def train_locally(
         msg = f"the update is not finite after {training.local_steps} steps; lower training.learning_rate"
         raise TrainingError(msg)
     return update
+
+
+def clipped_gradient(
+    weights: "NDArray[np.float32]",
+    loans: "NDArray[np.float32]",
+    labels: "NDArray[np.int64]",
+    *,
+    architecture: Architecture,
+    sample_rate: float,
+    clipping_bound: float,
+    noise: "NoiseSource",
+) -> "NDArray[np.float64]":
+    """Return the sum of clipped gradients of one Poisson batch, without noise: what a round of mode shared sums.
+
+    Args:
+        weights: The round's global weights, shape (d,); not changed.
+        loans: The lender's encoded loans, shape (n, p).
+        labels: 1 = bad, shape (n,).
+        architecture: The model's shape.
+        sample_rate: Chance of each loan to be in the batch.
+        clipping_bound: L2 bound of one loan's gradient; > 0.
+        noise: Draws the batch, in secret.
+
+    Returns:
+        Shape (d,), in gradient units; finite.
+
+    Raises:
+        SchemaMismatchError: The weights do not fit the architecture.
+        TrainingError: An input is not finite.
+    """
+    module = build(architecture)
+    load_weights(module, weights)
+    batch = noise.bernoulli(len(loans), sample_rate)
+    return PerLoanGradients(module).clipped_sum(*_take(loans, labels, batch), clipping_bound)
 
 
 def train_rounds(

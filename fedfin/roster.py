@@ -37,6 +37,7 @@ class Roster:
     """
 
     keys: Mapping[str, str] = field(repr=False)
+    _public: dict[str, Ed25519PublicKey] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.keys) <= _MAX_MEMBERS:
@@ -50,11 +51,12 @@ class Roster:
         if len(set(self.keys.values())) != len(self.keys):
             msg = "two members of the roster have the same identity key; each must have its own"
             raise LinkError(msg)
-        self.public_keys()
+        found = {name: _key_of(name, pem) for name, pem in self.keys.items()}
+        object.__setattr__(self, "_public", found)
 
     def public_keys(self) -> dict[str, Ed25519PublicKey]:
-        """Return the keys by name; errors as the constructor."""
-        return {name: _key_of(name, pem) for name, pem in self.keys.items()}
+        """Return the keys by name."""
+        return dict(self._public)
 
     def fingerprints(self) -> dict[str, str]:
         """Return the SHA-256 of each member's key, hex, by name: the one that `fedfin server roster` shows."""

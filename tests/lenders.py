@@ -12,7 +12,7 @@ from fedfin.credit.binning import bins_from_histogram
 from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint
 from fedfin.credit.schema import Schema
 from fedfin.identity import create_lender_keys, save_lender_keys
-from fedfin.plan import CohortPlan, JobPlan, PrivacyPlan, TrainingPlan
+from fedfin.plan import CohortPlan, EvaluationPlan, JobPlan, PrivacyPlan, TrainingPlan
 from fedfin.update import Histogram, Propose, Train, decode, encode
 
 PLAN = JobPlan(
@@ -20,6 +20,7 @@ PLAN = JobPlan(
     training=TrainingPlan(rounds=3, local_steps=2, sample_rate=0.5),
     privacy=PrivacyPlan(epsilon=2.0),
     cohort=CohortPlan(min_lenders=2),
+    evaluation=EvaluationPlan(times=0),
 )
 JOB = "credit-1234"
 

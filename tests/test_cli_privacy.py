@@ -280,6 +280,7 @@ def test_the_lender_then_does_what_the_plan_said(bank, epsilon, accepts):
     )["lender"]
     assert told["would_accept"] is accepts
     planned = JobPlan(
+        aggregation="plain",
         training=TrainingPlan(rounds=3, local_steps=2),
         privacy=PrivacyPlan(epsilon=epsilon),
         cohort=CohortPlan(min_lenders=5),

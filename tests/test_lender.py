@@ -185,7 +185,7 @@ def test_work_that_fails_is_charged_like_work_that_succeeds_and_not_done_again(b
         raise FloatingPointError("row 17")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedfin.client.lender.train_locally", fails)
+        patch.setattr("fedfin.client.stages.train_locally", fails)
         first = lender.answer(question)
     assert "row 17" not in decode(first, Refused).reason
     assert commits(bank) == ["bins", "round 1"]

@@ -1,0 +1,74 @@
+"""Answers that are seen by themselves: each stage is answered once, kept, then charged, then sent.
+
+A repeated question (the coordinator was restarted) gets the answer that was kept, so nothing is charged twice; an
+answer that was kept but not charged never left, so it is made anew. Why in this order: docs/decisions/0004.
+"""
+
+import hashlib
+
+from fedfin.audit.journal import Journal
+from fedfin.client.accepted import AcceptedJob
+from fedfin.client.refusing import WORK_FAILED
+from fedfin.client.stages import Work
+from fedfin.errors import LedgerError, PolicyRefusalError
+from fedfin.privacy.ledger import Ledger
+from fedfin.update import Message, Refused, encode
+
+__all__ = ["answer_once", "charged_failure"]
+
+
+def answer_once(
+    question: bytes, job: AcceptedJob, work: Work[Message], ledger: Ledger, journal: Journal
+) -> bytes:
+    """Return the answer to a stage: what was kept, or by doing the work, keeping it and charging it.
+
+    In a private job the work always ends in an answer that is kept and charged, a failure too: an uncharged failure
+    would tell what no noise covers.
+
+    Args:
+        question: The question's bytes: the same ones get the same answer.
+        job: The job.
+        work: The stage's.
+        ledger: The lender's.
+        journal: The lender's.
+
+    Raises:
+        PolicyRefusalError: The stage was answered for another question.
+        LedgerError: The stage was charged and its answer is gone, or nothing can be recorded.
+        FedfinError: Without privacy: what the work raises.
+    """
+    asked = hashlib.sha256(question).digest()
+    kept = job.folder.answer(work.stage)
+    # Without privacy there is no charge: what was kept counts as sent.
+    charged = not work.events or ledger.committed(work.charged_to, work.stage) is not None
+    if kept is not None and charged:
+        if kept[:32] != asked:
+            msg = f"{work.stage} of job {job.job_id} was answered for another model already; a stage has one answer"
+            raise PolicyRefusalError(msg)
+        journal.write("answer_repeated", job=job.job_id, stage=work.stage)
+        return kept[32:]
+    if charged and work.events:
+        msg = f"{work.stage} of job {job.job_id} was charged but its answer is gone; it is not made twice"
+        raise LedgerError(msg)
+    answer = encode(_done(job, work, journal))
+    job.folder.keep_answer(work.stage, asked + answer)
+    digest = hashlib.sha256(answer).hexdigest()
+    if work.events:
+        ledger.commit(work.charged_to, work.stage, work.events, digest)
+    journal.write("released", job=job.job_id, stage=work.stage, digest=digest)
+    return answer
+
+
+def charged_failure(job: AcceptedJob, stage: str, error: Exception, journal: Journal) -> Refused:
+    """Return what is answered in the place of private work that failed; it is charged like work that succeeded."""
+    journal.write("work_failed", job=job.job_id, stage=stage, reason=str(error))
+    return Refused(job.job_id, WORK_FAILED)
+
+
+def _done(job: AcceptedJob, work: Work[Message], journal: Journal) -> Message:
+    try:
+        return work.run()
+    except Exception as error:
+        if not work.events:
+            raise
+        return charged_failure(job, work.stage, error, journal)
