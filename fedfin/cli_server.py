@@ -302,7 +302,7 @@ class _View:
             case "bins_short":
                 missing = "; ".join(f"{name} ({why})" for name, why in event["missing"].items())
                 self._line(
-                    f"{event['lenders']} histograms are too few for the bins, again: {missing}",
+                    f"{len(event['cohort'])} histograms are too few for the bins, again: {missing}",
                     style="yellow",
                 )
             case "delivering":
@@ -319,6 +319,29 @@ class _View:
                 self._line(f"job {event['job']} {event['event']}")
             case "released":
                 self._line(f"model {event['model'][:12]} released: {event['run']}/model", style="bold")
+            case _:
+                self._show_sum(event)
+
+    def _show_sum(self, event: Mapping[str, Any]) -> None:
+        match event["event"]:
+            case "round_lost" | "bins_lost" | "evaluation_lost":
+                what = event["event"].partition("_")[0]
+                number = event.get("round", event.get("evaluation", ""))
+                missing = "".join(f"; missing {name} ({why})" for name, why in event["missing"].items())
+                self._line(f"{what} {number} is lost: {event['reason']}{missing}", style="yellow")
+            case "sum_refused":
+                self._line(
+                    f"{event['lender']} refused in {event['stage']}: {event['reason']}", style="yellow"
+                )
+            case "sum_liars":
+                names = ", ".join(event["lenders"])
+                self._line(f"{event['stage']}: wrong shares came from {names}; routed around", style="yellow")
+            case "next_job":
+                self._line(
+                    f"{event['lender']} enrolled after this job was proposed; it waits for the next one"
+                )
+            case "evaluated":
+                self._line(f"judged on the held-out loans of {len(event['cohort'])} lenders")
             case _:
                 pass
 

@@ -34,11 +34,12 @@ from fedfin.credit.binning import Bins
 from fedfin.credit.export import ReleasedModel, save_model
 from fedfin.credit.schema import Schema
 from fedfin.errors import FedfinError, LinkError
+from fedfin.server.exchange import Answers
 from fedfin.server.founding import Federation, open_federation
 from fedfin.server.jobs import choose_job
 from fedfin.server.registry import RunDirectory
 from fedfin.server.roster import Checkpoint, FederationStore
-from fedfin.server.rounds import Answers, run_job
+from fedfin.server.rounds import run_job
 from fedfin.update import Message, Refused, decode, encode
 from fedfin.wire import MESSAGE_TYPES, from_record, pull_soon, to_record
 
@@ -49,6 +50,7 @@ EXIT_LINK_LOST: Final = 75
 
 _POLL_S: Final = 0.1
 _ONLINE_FRESH_S: Final = 0.3
+_GRACE_S: Final = 5.0  # once enough have answered: a lender that was killed holds nobody up
 
 
 class GridExchange:
@@ -82,43 +84,37 @@ class GridExchange:
         *,
         deadline_s: float,
         on_reply: Callable[[str], None] | None = None,
+        fold: Callable[[str, Message], None] | None = None,
+        enough: int | None = None,
     ) -> Answers:
-        """Send each lender its request; return when all have answered, or at the deadline."""
-        end = time.monotonic() + deadline_s
+        """Send each lender its request; return when all have answered, or at the deadline (`Exchange.ask`)."""
+        started = time.monotonic()
+        end = started + deadline_s
         node_of = {name: node for node, name in self._names.items()}
-        answers = Answers(replies={}, failures={})
-        waiting: dict[str, str] = {}
+        taker = _Taker(requests, expected, fold, on_reply)
+        failures = taker.answers.failures
         names = [name for name in requests if name in node_of]
-        packed: dict[int, bytes] = {}
-        messages = [
-            FlowerMessage(
-                # One encoding for all lenders: Flower stores equal content once.
-                content=to_record(packed.setdefault(id(requests[name]), encode(requests[name]))),
-                dst_node_id=node_of[name],
-                message_type=MESSAGE_TYPES[type(requests[name])],
-                ttl=deadline_s + 60,
-            )
-            for name in names
-        ]
-        for name, message_id in zip(names, self._grid.push_messages(messages), strict=True):
-            if message_id:
-                waiting[message_id] = name
-            else:
-                answers.failures[name] = "its node went offline before the question reached it"
+        message_ids = self._grid.push_messages(
+            _flower_messages({node_of[name]: requests[name] for name in names}, deadline_s)
+        )
+        waiting = {key: name for key, name in zip(message_ids, names, strict=True) if key}
+        failures |= {
+            name: "its node went offline before the question reached it"
+            for name, message_id in zip(names, message_ids, strict=True)
+            if not message_id
+        }
         while waiting and time.monotonic() < end:
-            for reply in self._pull(waiting, answers):
-                name = waiting.pop(reply.metadata.reply_to_message_id)
-                self._sort(reply, name, requests[name], expected, answers)
-                if on_reply is not None:
-                    on_reply(name)
+            for reply in self._pull(waiting, taker.answers):
+                taker.take(waiting.pop(reply.metadata.reply_to_message_id), reply)
             if waiting:
                 time.sleep(_POLL_S)
-        for name in waiting.values():
-            answers.failures[name] = f"no answer within {deadline_s:g} s"
-        for name in requests:
-            if name not in answers.replies and name not in answers.failures:
-                answers.failures[name] = "its node is offline"
-        return answers
+            if enough is not None and taker.num_good >= enough:
+                end, enough = min(end, time.monotonic() + _GRACE_S), None
+        waited_s = min(deadline_s, time.monotonic() - started)
+        failures |= dict.fromkeys(waiting.values(), f"no answer within {waited_s:.3g} s")
+        for name in set(requests) - set(names):
+            failures[name] = "its node is offline"
+        return taker.answers
 
     def _pull(self, waiting: dict[str, str], answers: Answers) -> list[FlowerMessage]:
         """Return the replies that are there; one that is no message is put down to the lender that sent it."""
@@ -140,26 +136,64 @@ class GridExchange:
                 answers.failures[name] = "it sent a reply that is no message of Flower's"
         return replies
 
-    @staticmethod
-    def _sort(
-        reply: FlowerMessage, name: str, request: Message, expected: type[Message], answers: Answers
+
+class _Taker:
+    """Takes replies to one set of questions: each is handed over, kept, or put down to its lender as a failure."""
+
+    def __init__(
+        self,
+        requests: Mapping[str, Message],
+        expected: type[Message],
+        fold: Callable[[str, Message], None] | None,
+        on_reply: Callable[[str], None] | None,
     ) -> None:
+        self._requests = requests
+        self._expected = expected
+        self._fold = fold
+        self._on_reply = on_reply
+        self.answers = Answers(replies={}, failures={})
+        self.num_good = 0
+
+    def take(self, name: str, reply: FlowerMessage) -> None:
         if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-            answers.failures[name] = "its node went away before it answered"
-            return
-        if reply.has_error():
-            answers.failures[name] = (
+            self.answers.failures[name] = "its node went away before it answered"
+        elif reply.has_error():
+            self.answers.failures[name] = (
                 f"its node stopped or failed (Flower error {reply.error.code}); its own output says why"
             )
-            return
-        try:
-            message = decode(from_record(reply.content), expected, Refused)
-            if message.job_id != request.job_id:
-                answers.failures[name] = "it answered for another job"
-                return
-            answers.replies[name] = message
-        except LinkError as error:
-            answers.failures[name] = str(error)
+        else:
+            try:
+                self._take(name, decode(from_record(reply.content), self._expected, Refused))
+            except FedfinError as error:
+                self.answers.failures[name] = str(error)
+        if self._on_reply is not None:
+            self._on_reply(name)
+
+    def _take(self, name: str, message: Message) -> None:
+        if message.job_id != self._requests[name].job_id:
+            msg = "it answered for another job"
+            raise LinkError(msg)
+        if isinstance(message, self._expected):
+            if self._fold is not None:
+                self._fold(name, message)
+            self.num_good += 1
+        if self._fold is None or not isinstance(message, self._expected):
+            self.answers.replies[name] = message
+
+
+def _flower_messages(requests: Mapping[int, Message], deadline_s: float) -> list[FlowerMessage]:
+    """Return the messages to these nodes."""
+    packed: dict[int, bytes] = {}
+    return [
+        FlowerMessage(
+            # One encoding for all lenders: Flower stores equal content once.
+            content=to_record(packed.setdefault(id(request), encode(request))),
+            dst_node_id=node,
+            message_type=MESSAGE_TYPES[type(request)],
+            ttl=deadline_s + 60,
+        )
+        for node, request in requests.items()
+    ]
 
 
 app = ServerApp()
@@ -261,7 +295,17 @@ def _run_federation(exchange: GridExchange, federation: Federation, *, new_job: 
         directory.finish(model.digest)
         _say({"event": "released", "job": job.job_id, "model": model.digest, "run": str(directory.path)})
 
-    run_job(exchange, store, job, plan, schema, release=release, say=say)
+    run_job(
+        exchange,
+        store,
+        job,
+        plan,
+        schema,
+        federation=federation.config.federation,
+        release=release,
+        judged=directory.judge,
+        say=say,
+    )
     _say({"event": "completed", "job": job.job_id, "run": str(directory.path)})
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 from fedfin.errors import ConfigError
 from fedfin.plan import JobPlan
 from fedfin.server.roster import FederationStore, Job
+from fedfin.strategies.registry import check_strategy
 
 __all__ = ["SILENT_S", "Say", "Waiting", "check_runnable", "choose_job"]
 
@@ -23,14 +24,9 @@ def check_runnable(plan: JobPlan) -> None:
     """Refuse a plan that no federation of this release may run.
 
     Raises:
-        ConfigError: The plan is of mode shared.
+        ConfigError: Its strategy needs single updates, and aggregation is secure.
     """
-    if plan.privacy.mode == "shared":
-        msg = (
-            "privacy.mode is shared, and this release of fedfin has no secure aggregation, without which a share of"
-            " the noise protects no lender; set it to local"
-        )
-        raise ConfigError(msg)
+    check_strategy(plan)
 
 
 def choose_job(store: FederationStore, plan: JobPlan, *, new_job: bool, say: Say) -> Job:

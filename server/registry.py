@@ -1,4 +1,4 @@
-"""The coordinator's run directory: run.json, rounds.jsonl, model/.
+"""The coordinator's run directory: run.json, rounds.jsonl, metrics.json, model/.
 
 Nothing of one lender's size or performance is in it: who took part, who was missing and why, and seconds.
 """
@@ -30,6 +30,14 @@ _KEPT: Final = frozenset(
         "unanswered",
         "delivered",
         "accepted",
+        "bins_lost",
+        "round_lost",
+        "evaluated",
+        "evaluation_short",
+        "evaluation_lost",
+        "sum_refused",
+        "sum_liars",
+        "next_job",
     }
 )
 
@@ -85,6 +93,14 @@ class RunDirectory:
         except OSError as error:
             msg = f"{self.path / 'rounds.jsonl'} cannot be written ({error.strerror}); free the disk, then start again"
             raise ConfigError(msg) from error
+
+    def judge(self, evaluation: Mapping[str, Any]) -> None:
+        """Add an evaluation's figures, of sums only, to metrics.json; one of the same number is replaced."""
+        path = self.path / "metrics.json"
+        kept = json.loads(path.read_text(encoding="utf-8"))["evaluations"] if path.exists() else []
+        by_number = {int(one["evaluation"]): one for one in [*kept, evaluation]}
+        document = {"evaluations": [by_number[number] for number in sorted(by_number)]}
+        write_public(path, (json.dumps(document, indent=1) + "\n").encode())
 
     def finish(self, digest: str) -> None:
         """Add the released model's digest and the time to run.json."""

@@ -1,73 +1,36 @@
-"""The job: propose, bins, rounds, release; with a quorum, deadlines, and a checkpoint after every round.
+"""The job: propose, bins, rounds, evaluations, release; with a quorum, deadlines, and a checkpoint after every round.
 
-No Flower here: the way to the lenders is an `Exchange`, so the loop is tested without a network. A job goes on
-from its last checkpoint whatever was killed; lenders answer a repeated question with the answer they gave
-before, so no round is charged twice.
+No Flower here: the way to the lenders is an `Exchange`, so the loop is tested without a network; and no word on how
+sums are made: that is a `Summing`, in clear or under secure aggregation. A job goes on from its last checkpoint
+whatever was killed. In clear lenders answer a repeated question with the answer they gave before. Under secure
+aggregation a stage whose masked vectors were asked for is used up: a lost round's number is not taken again, and the
+job has one aggregated round fewer. Either way no round is charged twice.
 """
 
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedfin.credit.binning import bins_from_histogram, histogram_sensitivity, histogram_size
-from fedfin.credit.drift import Reference, num_cells
-from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint
 from fedfin.credit.schema import Schema
-from fedfin.errors import DataError, FedfinError, QuorumError
+from fedfin.errors import FedfinError, QuorumError
 from fedfin.plan import JobPlan
-from fedfin.privacy.accounting import calibrate
-from fedfin.server.jobs import SILENT_S, Say, Waiting
+from fedfin.server.evaluation import evaluation_rounds
+from fedfin.server.exchange import Exchange
+from fedfin.server.gathering import PROPOSE_S, WAIT_S, Gathering
+from fedfin.server.jobs import Say
+from fedfin.server.plain_sums import PlainSums
 from fedfin.server.roster import Checkpoint, FederationStore, Job
-from fedfin.strategies.fedavg import fedavg
-from fedfin.strategies.strategy import CohortSum, ModelState, lender_weight
-from fedfin.update import (
-    Accepted,
-    AskHistogram,
-    Done,
-    Finish,
-    Histogram,
-    Message,
-    Propose,
-    Refused,
-    Train,
-    Update,
-)
+from fedfin.server.stages import JobStages
+from fedfin.server.summing import CohortSums, Stage, SumLostError, Summing, SumShortError, Upcoming
+from fedfin.server.unmasking import JobContext, SecureSums
+from fedfin.update import Done, Finish, Refused
 
-__all__ = ["Answers", "Exchange", "run_job"]
+__all__ = ["run_job"]
 
-_WAIT_S: Final = 0.2
-_PROPOSE_S: Final = 120.0  # a lender reads its table and calibrates its noise before it answers
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """What came back: replies by lender, and failures by lender with the reason, in words."""
-
-    replies: dict[str, Message] = field(repr=False)
-    failures: dict[str, str]
-
-
-class Exchange(Protocol):
-    """The way to the lenders."""
-
-    def online(self) -> frozenset[str]:
-        """Return the names of the enrolled lenders that are connected now."""
-        ...
-
-    def ask(
-        self,
-        requests: Mapping[str, Message],
-        expected: type[Message],
-        *,
-        deadline_s: float,
-        on_reply: Callable[[str], None] | None = None,
-    ) -> Answers:
-        """Send a request to each lender named; return when all have answered, or at the deadline."""
-        ...
+_NUMBERED: Final = re.compile(r"(round|evaluation) (\d+)")
 
 
 def run_job(
@@ -77,7 +40,9 @@ def run_job(
     plan: JobPlan,
     schema: Schema,
     *,
+    federation: str,
     release: Callable[[Checkpoint], None],
+    judged: Callable[[Mapping[str, Any]], None],
     say: Say,
 ) -> Checkpoint:
     """Run a job to its end and send every lender the model.
@@ -88,23 +53,22 @@ def run_job(
         job: The job, new or unfinished.
         plan: Its plan.
         schema: The federation's schema.
+        federation: The federation's name.
         release: Keeps the model at the coordinator; called before the job counts as completed, and again with
             the same model where the coordinator was killed in between.
+        judged: Keeps the figures of an evaluation, of sums only; JSON.
         say: Told of every step.
 
     Returns:
         The last checkpoint: the released model.
 
     Raises:
-        QuorumError: So many lenders refused that the quorum cannot be met.
+        QuorumError: So many lenders refused that the quorum cannot be met, or a sum was lost and the cohort that alone
+            may be asked again did not come back.
     """
-    runner = _Runner(exchange, store, job, plan, schema, say)
+    runner = _Runner(exchange, store, job, plan, schema, federation, judged, say)
     if job.status == "running":
-        runner.settle(exchange.online())
-        runner.gather()
-        checkpoint = store.checkpoint(job.job_id) or runner.make_bins()
-        while checkpoint.round < plan.training.rounds:
-            checkpoint = runner.round(checkpoint)
+        checkpoint = runner.train()
         release(checkpoint)
         store.end_job(job.job_id, "completed")
     else:
@@ -117,175 +81,56 @@ class _Runner:
     """One job's loop; holds what the steps share."""
 
     def __init__(
-        self, exchange: Exchange, store: FederationStore, job: Job, plan: JobPlan, schema: Schema, say: Say
+        self,
+        exchange: Exchange,
+        store: FederationStore,
+        job: Job,
+        plan: JobPlan,
+        schema: Schema,
+        federation: str,
+        judged: Callable[[Mapping[str, Any]], None],
+        say: Say,
     ) -> None:
         self._exchange = exchange
         self._store = store
         self._job_id = job.job_id
         self._plan = plan
         self._schema = schema
+        self._federation = federation
+        self._judged = judged
         self._say = say
-        self._refused: dict[str, str] = {}
-        self._ask_again_at: dict[str, float] = {}
+        self._gathering = Gathering(
+            exchange, store, job.job_id, plan, schema.fingerprint(), settle=self._settle, say=say
+        )
         self._ended = {
             earlier.job_id: earlier
             for earlier in store.jobs()
             if earlier.status != "running" and earlier.job_id != job.job_id
         }
 
-    def settle(self, names: Collection[str]) -> None:
-        """Tell these lenders how earlier jobs ended, where they were away: what they had reserved is free again."""
-        for job in list(self._ended.values()):
-            away = set(self._store.undelivered(job.job_id))
-            if not away:
-                del self._ended[job.job_id]
-            elif away & set(names):
-                last = self._store.checkpoint(job.job_id) if job.status == "completed" else None
-                self._end(_finish(job.job_id, last), away & set(names))
-
-    def gather(self) -> None:
-        """Propose the job until enough lenders take part: all that are waited for, or the quorum after a while."""
-        cohort = self._plan.cohort
-        started = time.monotonic()
-        waiting = Waiting(self._say)
-        while True:
-            members = {member.name for member in self._store.members()}
-            self._propose(members)
-            accepted = set(self._store.weights(self._job_id)) & members
-            here = accepted & self._exchange.online()
-            invited = [name for name, _ in self._store.pending_invitations()]
-            if not invited and len(members - set(self._refused)) < cohort.min_lenders <= len(members):
-                reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
-                msg = (
-                    f"cohort.min_lenders is {cohort.min_lenders}, and only {len(members) - len(self._refused)} of"
-                    f" {len(members)} lenders can take part. Refused: {reasons}. Mend the plan, then start again"
-                )
-                raise QuorumError(msg)
-            # A refusal is an answer: nobody waits for a lender that has said no. Who is invited is waited for.
-            wanted = (cohort.wait_for or len(members) + len(invited)) - len(self._refused)
-            wanted = max(wanted, cohort.min_lenders)
-            resumed = self._store.checkpoint(self._job_id) is not None
-            late = time.monotonic() - started > cohort.start_timeout_s
-            if len(here) >= wanted or (len(here) >= cohort.min_lenders and (late or resumed)):
-                self._say({"event": "cohort", "lenders": sorted(here), "refused": self._refused})
-                return
-            waiting.report(here, members - here - set(self._refused), wanted, invited)
-            time.sleep(_WAIT_S)
-
-    def make_bins(self) -> Checkpoint:
-        """Sum the lenders' histograms, place the bins, and make the first checkpoint."""
-        noise = self._bins_noise()
-        while True:
-            here = self._wait_for_quorum()
-            answers = self._exchange.ask(
-                dict.fromkeys(sorted(here), AskHistogram(self._job_id)),
-                Histogram,
-                deadline_s=self._plan.cohort.round_deadline_s,
-            )
-            cells = histogram_size(self._schema)
-            counts: list[NDArray[np.float64]] = []
-            for name, reply in self._sorted_out(answers):
-                if not isinstance(reply, Histogram) or reply.counts.shape != (cells,):
-                    answers.failures[name] = f"its histogram does not have the schema's {cells} cells"
-                elif (problem := self._implausible(reply.counts, noise)) is not None:
-                    answers.failures[name] = problem
-                else:
-                    counts.append(self._capped(reply.counts))
-            enough = len(counts) >= self._plan.cohort.min_lenders
-            event = "bins" if enough else "bins_short"
-            self._say({"event": event, "lenders": len(counts), "missing": answers.failures})
-            if enough:
-                break
-            time.sleep(_WAIT_S)
-        total = np.sum(counts, axis=0)
-        total_noise = noise * len(counts) ** 0.5
-        bins = bins_from_histogram(total, self._schema, self._plan.model.max_bins)
-        arch = architecture_of(self._plan.model, self._schema, bins)
-        checkpoint = Checkpoint(
-            round=0,
-            bins=bins.to_json(),
-            fingerprint=model_fingerprint(self._schema.fingerprint(), bins.fingerprint(), arch),
-            weights=initial_weights(arch, self._plan.model.seed),
-            reference=_reference(total, self._schema, total_noise),
+    def train(self) -> Checkpoint:
+        """Run the job's bins, rounds and evaluations, from where its last checkpoint stands."""
+        self._settle(self._exchange.online())
+        self._gathering.gather()
+        summing = self._summing()
+        weights = self._store.weights
+        stages = JobStages(
+            self._job_id,
+            self._plan,
+            self._schema,
+            num_members=len(self._gathering.roster.keys) if self._plan.aggregation == "secure" else 0,
+            weight=lambda name: weights(self._job_id)[name],
         )
-        self._store.save_checkpoint(self._job_id, checkpoint)
-        return checkpoint
-
-    def _bins_noise(self) -> float:
-        """Return the standard deviation of one lender's noise in one cell, in loans."""
-        privacy, training = self._plan.privacy, self._plan.training
-        if privacy.mode == "none":
-            return 0.0
-        calibrated = calibrate(privacy, sample_rate=training.sample_rate, num_steps=self._plan.num_steps)
-        return calibrated.bins_noise_multiplier * histogram_sensitivity(self._schema)
-
-    def _implausible(self, counts: NDArray[np.float64], noise: float) -> str | None:
-        """Return why a lender's histogram cannot be one: every loan is once in every column, noise apart."""
-        totals = self._totals(counts)
-        spread = 8.0 * noise * max(num_cells(column) for column in self._schema.features) ** 0.5 + 0.5
-        if not np.isfinite(totals).all() or np.ptp(totals) > 2 * spread:
-            return "the columns of its histogram do not count the same loans"
-        if counts.min(initial=0.0) < -8.0 * noise - 0.5:
-            return "its histogram has cells further below zero than noise puts them"
-        return None
-
-    def _capped(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Scale a histogram down to the weight cap, so that no lender alone places the bins."""
-        total = float(np.mean(self._totals(counts)))
-        return counts * min(1.0, self._plan.training.weight_cap / max(total, 1.0))
-
-    def _totals(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
-        ends = np.cumsum([num_cells(column) for column in self._schema.features])
-        with np.errstate(over="ignore", invalid="ignore"):  # absurd counts become what is refused
-            return np.array([part.sum() for part in np.split(counts, ends[:-1])])
-
-    def round(self, before: Checkpoint) -> Checkpoint:
-        """Run the next round until it has a quorum of updates; return the checkpoint after it."""
-        number = before.round + 1
+        checkpoint = self._store.checkpoint(self._job_id) or self._bins(summing, stages)
+        rounds, due = self._plan.training.rounds, evaluation_rounds(self._plan)
+        number = max(self._used("round"), checkpoint.round)
         while True:
-            # A newcomer that hangs holds a round up no longer than a lender that does.
-            self._propose(
-                {member.name for member in self._store.members()}, self._plan.cohort.round_deadline_s
-            )
-            here = self._wait_for_quorum()
-            started = time.monotonic()
-            self._say(
-                {"event": "round", "round": number, "of": self._plan.training.rounds, "lenders": sorted(here)}
-            )
-            answers = self._exchange.ask(
-                dict.fromkeys(
-                    sorted(here), Train(self._job_id, number, before.bins, before.fingerprint, before.weights)
-                ),
-                Update,
-                deadline_s=self._plan.cohort.round_deadline_s,
-                on_reply=lambda name: self._say({"event": "answer", "round": number, "lender": name}),
-            )
-            updates = self._updates(answers, before, number)
-            report = {
-                "event": "round_done",
-                "round": number,
-                "of": self._plan.training.rounds,
-                "cohort": sorted(updates),
-                "missing": answers.failures,
-                "seconds": round(time.monotonic() - started, 4),
-            }
-            if len(updates) >= self._plan.cohort.min_lenders:
-                break
-            self._say({**report, "event": "round_short"})
-            time.sleep(_WAIT_S)
-        weights = self._store.weights(self._job_id)
-        total = CohortSum(
-            values=np.sum(
-                [weights[name] * delta.astype(np.float64) for name, delta in updates.items()], axis=0
-            ),
-            weight=sum(weights[name] for name in updates),
-            num_lenders=len(updates),
-        )
-        state = fedavg(ModelState(weights=before.weights, round=before.round), total)
-        after = replace(before, round=number, weights=state.weights)
-        self._store.save_checkpoint(self._job_id, after)
-        self._say(report)
-        return after
+            if number in due and checkpoint.round > 0:
+                self._evaluate(summing, stages, due.index(number) + 1, checkpoint, number)
+            if number >= rounds:
+                return checkpoint if checkpoint.round > 0 else _nothing_learned(self._job_id, rounds)
+            number += 1
+            checkpoint = self._round(summing, stages, number, checkpoint)
 
     def deliver(self, checkpoint: Checkpoint) -> None:
         """Send the model to every lender that took part; those away get it when the coordinator runs again."""
@@ -306,11 +151,129 @@ class _Runner:
                 left = max(0.0, until - time.monotonic())
                 self._say({"event": "delivering", "for": sorted(away - set(not_kept)), "seconds": left})
                 told = True
-            time.sleep(_WAIT_S)
+            time.sleep(WAIT_S)
+
+    # Stages
+
+    def _bins(self, summing: Summing, stages: JobStages) -> Checkpoint:
+        """Sum the lenders' histograms, place the bins, and keep the first checkpoint."""
+        stage = stages.bins()
+        while True:
+            sums = self._sum(summing, stage, {})
+            if sums is not None:
+                break
+        checkpoint = stages.first(sums)
+        self._store.save_checkpoint(self._job_id, checkpoint)
+        self._say({"event": "bins", "lenders": len(sums.survivors), "missing": sums.missing})
+        return checkpoint
+
+    def _round(self, summing: Summing, stages: JobStages, number: int, before: Checkpoint) -> Checkpoint:
+        """Run the round until it has a quorum of updates, or is lost; return the checkpoint after it."""
+        stage = stages.round(number, before)
+        about = {"round": number, "of": self._plan.training.rounds}
+        sums = self._sum(summing, stage, about, following=self._following(stages, number, before))
+        if sums is None:
+            return before
+        after = stages.after(before, sums)
+        self._store.save_checkpoint(self._job_id, after)
+        self._say({"event": "round_done", **about, **_report(sums)})
+        return after
+
+    def _evaluate(
+        self, summing: Summing, stages: JobStages, number: int, model: Checkpoint, after: int
+    ) -> None:
+        """Have the model judged on all lenders' held-out loans; one that is lost is not made again."""
+        stage = stages.evaluation(number, model)
+        if number <= self._used("evaluation"):
+            return  # it was made, or lost, before the coordinator was started again
+        about = {"evaluation": number, "after": after}
+        following = None
+        if after < self._plan.training.rounds:
+            following = stages.upcoming_round(after + 1, model)
+        sums = self._sum(summing, stage, about, following=following)
+        if sums is not None:
+            self._judged(stages.judged(number, sums))
+            self._say({"event": "evaluated", **about, **_report(sums)})
+
+    def _sum(
+        self, summing: Summing, stage: Stage, about: Mapping[str, Any], *, following: Upcoming | None = None
+    ) -> CohortSums | None:
+        """Ask for a stage until it has a sum; None where it is used up without one. The bins are asked for again."""
+        kind = stage.name.partition(" ")[0]
+        while True:
+            bound = summing.bound_to(stage)
+            if bound is None:
+                names = self._gathering.quorum()
+            else:
+                names = self._gathering.exactly(bound, f"an earlier sum like {stage.name} was lost")
+            if about:
+                self._say({"event": kind, **about, "lenders": list(names)})
+            started = time.monotonic()
+            try:
+                return summing.sum(
+                    stage,
+                    names,
+                    following=following,
+                    on_reply=lambda name: self._say({"event": "answer", **about, "lender": name}),
+                )
+            except SumShortError as error:
+                event, missing, reason = f"{kind}_short", error.missing, None
+            except SumLostError as error:
+                event, missing, reason = f"{kind}_lost", error.missing, str(error)
+            self._say(
+                {
+                    "event": event,
+                    **about,
+                    "cohort": [name for name in names if name not in missing],
+                    "missing": missing,
+                    "seconds": round(time.monotonic() - started, 4),
+                    **({} if reason is None else {"reason": reason}),
+                }
+            )
+            if reason is not None and kind != "bins":
+                return None
+            time.sleep(WAIT_S)
+
+    def _following(self, stages: JobStages, number: int, model: Checkpoint) -> Upcoming | None:
+        """Return what is summed after a round, as far as it is known."""
+        due = evaluation_rounds(self._plan)
+        if number in due:
+            return stages.upcoming_evaluation(due.index(number) + 1)
+        return stages.upcoming_round(number + 1, model) if number < self._plan.training.rounds else None
+
+    def _used(self, kind: str) -> int:
+        """Return the highest number of this kind of stage whose masked vectors were asked for; 0 in clear."""
+        found = [_NUMBERED.fullmatch(asked.stage) for asked in self._store.asked_sums(self._job_id)]
+        return max((int(match[2]) for match in found if match is not None and match[1] == kind), default=0)
+
+    def _summing(self) -> Summing:
+        deadline_s = self._plan.cohort.round_deadline_s
+        if self._plan.aggregation == "plain":
+            return PlainSums(self._exchange, deadline_s=deadline_s, refuse=self._gathering.refuse)
+        context = JobContext(
+            federation=self._federation,
+            job_id=self._job_id,
+            plan_digest=self._plan.digest(),
+            roster=self._gathering.roster.public_keys(),
+            deadline_s=deadline_s,
+        )
+        return SecureSums(self._exchange, self._store, context, say=self._say, refuse=self._gathering.refuse)
+
+    # The end of jobs
+
+    def _settle(self, names: Collection[str]) -> None:
+        """Tell these lenders how earlier jobs ended, where they were away: what they had reserved is free again."""
+        for job in list(self._ended.values()):
+            away = set(self._store.undelivered(job.job_id))
+            if not away:
+                del self._ended[job.job_id]
+            elif away & set(names):
+                last = self._store.checkpoint(job.job_id) if job.status == "completed" else None
+                self._end(_finish(job.job_id, last), away & set(names))
 
     def _end(self, finish: Finish, names: set[str]) -> dict[str, str]:
         """Send a job's end; return the lenders that answered but could not keep it, with the reason."""
-        answers = self._exchange.ask(dict.fromkeys(sorted(names), finish), Done, deadline_s=_PROPOSE_S)
+        answers = self._exchange.ask(dict.fromkeys(sorted(names), finish), Done, deadline_s=PROPOSE_S)
         not_kept: dict[str, str] = {}
         for name, reply in sorted(answers.replies.items()):
             if isinstance(reply, Done):
@@ -321,87 +284,21 @@ class _Runner:
                 )
         return not_kept
 
-    def _propose(self, members: set[str], deadline_s: float = _PROPOSE_S) -> None:
-        answered = set(self._store.weights(self._job_id)) | set(self._refused)
-        soon = {name for name, at in self._ask_again_at.items() if time.monotonic() < at}
-        new = sorted(((members - answered) & self._exchange.online()) - soon)
-        if not new:
-            return
-        self.settle(new)  # first: what an abandoned job holds could not be reserved for this one
-        largest = lender_weight(self._plan.training.weight_cap, self._plan.training)
-        proposal = Propose(self._job_id, self._plan.model_dump_json(), self._schema.fingerprint())
-        answers = self._exchange.ask(dict.fromkeys(new, proposal), Accepted, deadline_s=deadline_s)
-        for name, reply in self._sorted_out(answers):
-            if not isinstance(reply, Accepted):
-                answers.failures[name] = "it answered another question"
-            elif not 0 < reply.weight <= largest:
-                answers.failures[name] = f"its weight is not one of the plan's: above 0, at most {largest:g}"
-            else:
-                self._store.save_answer(self._job_id, name, weight=reply.weight, reason=None)
-                self._say({"event": "accepted", "lender": name})
-        for name in new:
-            if name in answers.failures and name not in self._refused:
-                self._ask_again_at[name] = time.monotonic() + SILENT_S
-                self._say({"event": "unanswered", "lender": name, "reason": answers.failures[name]})
 
-    def _sorted_out(self, answers: Answers) -> list[tuple[str, Message]]:
-        """Return the replies that are no refusals; a refusal ends that lender's part in the job."""
-        kept: list[tuple[str, Message]] = []
-        for name, reply in sorted(answers.replies.items()):
-            if isinstance(reply, Refused):
-                self._refused[name] = reply.reason
-                answers.failures[name] = reply.reason
-                self._store.save_answer(self._job_id, name, weight=None, reason=reply.reason)
-                self._say({"event": "refused", "lender": name, "reason": reply.reason})
-            else:
-                kept.append((name, reply))
-        return kept
-
-    def _updates(self, answers: Answers, before: Checkpoint, number: int) -> dict[str, NDArray[np.float32]]:
-        updates: dict[str, NDArray[np.float32]] = {}
-        for name, reply in self._sorted_out(answers):
-            if not isinstance(reply, Update) or reply.round != number:
-                answers.failures[name] = "it answered another question"
-            elif reply.fingerprint != before.fingerprint or reply.delta.shape != before.weights.shape:
-                answers.failures[name] = "its update is for another schema or architecture"
-            elif np.abs(reply.delta).max(initial=0.0) > _reach(self._plan, before.weights):
-                answers.failures[name] = "its update is further away than the plan's steps can reach"
-            else:
-                updates[name] = reply.delta
-        return updates
-
-    def _wait_for_quorum(self) -> set[str]:
-        waiting = Waiting(self._say)
-        quorum = self._plan.cohort.min_lenders
-        while True:
-            accepted = set(self._store.weights(self._job_id))
-            here = accepted & self._exchange.online()
-            if len(here) >= quorum:
-                return here
-            self._propose({member.name for member in self._store.members()})
-            if len(accepted | ({m.name for m in self._store.members()} - set(self._refused))) < quorum:
-                reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
-                msg = f"too many lenders refused to go on ({reasons}); mend it with them, then start again"
-                raise QuorumError(msg)
-            waiting.report(here, accepted - here, quorum)
-            time.sleep(_WAIT_S)
-
-
-def _reference(total: NDArray[np.float64], schema: Schema, noise_stddev: float) -> str:
-    try:
-        return Reference.from_histogram(total, schema, noise_stddev=noise_stddev).to_json()
-    except DataError:
-        return ""  # noise left a column without loans: there is nothing to compare with, and no harm
-
-
-def _reach(plan: JobPlan, weights: NDArray[np.float32]) -> float:
-    """Return how far one weight can move in a round: what an update exceeds was not made by the plan's AdamW.
-
-    Source: Kingma & Ba 2015, section 2.1: a step is at most lr * (1 - beta1) / sqrt(1 - beta2), 3.17 lr here.
-    """
-    training = plan.training
-    decay = training.weight_decay * (float(np.abs(weights).max(initial=0.0)) + 1.0)
-    return training.local_steps * training.learning_rate * (4.0 + decay)
+def _report(sums: CohortSums) -> dict[str, Any]:
+    """Return what is told of a sum: who was in it and who failed, and nothing of one lender beyond that."""
+    report: dict[str, Any] = {
+        "cohort": list(sums.survivors),
+        "missing": dict(sums.missing),
+        "seconds": round(sums.seconds, 4),
+    }
+    if sums.answer_bytes:
+        report |= {
+            "failed_after": dict(sums.failed_after),
+            "exchanges": sums.exchanges,
+            "answer_bytes": sums.answer_bytes,
+        }
+    return report
 
 
 def _finish(job_id: str, last: Checkpoint | None) -> Finish:
@@ -409,6 +306,14 @@ def _finish(job_id: str, last: Checkpoint | None) -> Finish:
     if last is None:
         return Finish(job_id, "abandoned", 0, "", "", np.zeros(0, dtype=np.float32))
     return Finish(job_id, "completed", last.round, last.bins, last.fingerprint, last.weights, last.reference)
+
+
+def _nothing_learned(job_id: str, rounds: int) -> Checkpoint:
+    msg = (
+        f"all {rounds} rounds of job {job_id} were lost: too few lenders went on to the end of any; find out why they"
+        " drop out (rounds.jsonl names them), then run `fedfin server --new-job`"
+    )
+    raise QuorumError(msg)
 
 
 def _lost(job: Job) -> Checkpoint:

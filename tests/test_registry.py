@@ -55,3 +55,14 @@ def test_the_end_of_a_run_names_the_model(run):
     document = json.loads((run.path / "run.json").read_text())
     assert document["model"] == "d" * 64
     assert document["completed"]
+
+
+def test_an_evaluation_is_kept_by_its_number_and_the_later_one_counts(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.judge({"evaluation": 2, "round": 10})
+    directory.judge({"evaluation": 1, "round": 5})
+    directory.judge({"evaluation": 2, "round": 10, "figures": {}})
+    kept = json.loads((tmp_path / "metrics.json").read_text())
+    assert kept == {
+        "evaluations": [{"evaluation": 1, "round": 5}, {"evaluation": 2, "round": 10, "figures": {}}]
+    }

@@ -13,11 +13,12 @@ from fedfin.credit.drift import num_cells
 from fedfin.credit.schema import Schema
 from fedfin.errors import ConfigError, FedfinError, QuorumError
 from fedfin.invitation import Invitation
-from fedfin.plan import JobPlan
-from fedfin.server import rounds
+from fedfin.plan import JobPlan, TrainingPlan
+from fedfin.server import gathering, rounds
+from fedfin.server.exchange import Answers
 from fedfin.server.jobs import choose_job
 from fedfin.server.roster import FederationStore, Member
-from fedfin.server.rounds import Answers, run_job
+from fedfin.server.rounds import run_job
 from fedfin.update import (
     Accepted,
     AskHistogram,
@@ -48,11 +49,11 @@ def plan_with(**sections):
     # targets are far away: a rate that lets an update reach them
     small = {
         "training": {"rounds": 3, "learning_rate": 1.0},
-        "cohort": {"round_deadline_s": 0.05, "start_timeout_s": 0.05},
+        "cohort": {"min_lenders": 2, "round_deadline_s": 0.05, "start_timeout_s": 0.05},
+        "evaluation": {"times": 0},
     }
-    return JobPlan.model_validate(
-        {key: {**small.get(key, {}), **sections.get(key, {})} for key in {**small, **sections}}
-    )
+    merged = {key: {**small.get(key, {}), **sections.get(key, {})} for key in {**small, **sections}}
+    return JobPlan.model_validate({"aggregation": "plain", **merged})
 
 
 class Killed(BaseException):
@@ -134,6 +135,7 @@ class House:
             self.enrol(name)
         self.events = []
         self.released = []
+        self.judged = []
         self.on_step = lambda: None
 
     def enrol(self, name):
@@ -147,7 +149,7 @@ class House:
     def online(self):
         return frozenset(name for name, lender in self.lenders.items() if lender.online)
 
-    def ask(self, requests, expected, *, deadline_s, on_reply=None):
+    def ask(self, requests, expected, *, deadline_s, on_reply=None, fold=None, enough=None):
         self.on_step()
         answers = Answers(replies={}, failures={})
         for name, request in requests.items():
@@ -176,8 +178,20 @@ class House:
     def run(self, plan, *, new_job=False):
         """What the ServerApp does at every start."""
         store = WatchedStore(self.path, self.on_step)
-        job = choose_job(store, plan, new_job=new_job, say=self.say)
-        return run_job(self, store, job, plan, SCHEMA, release=self.release, say=self.say)
+        return self.run_job(store, choose_job(store, plan, new_job=new_job, say=self.say), plan)
+
+    def run_job(self, store, job, plan):
+        return run_job(
+            self,
+            store,
+            job,
+            plan,
+            SCHEMA,
+            federation="coop",
+            release=self.release,
+            judged=self.judged.append,
+            say=self.say,
+        )
 
     def said(self, event):
         return [line for line in self.events if line["event"] == event]
@@ -185,8 +199,9 @@ class House:
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch):
-    monkeypatch.setattr(rounds, "_WAIT_S", 0.001)
-    monkeypatch.setattr(rounds, "SILENT_S", 0.01)
+    for module in (rounds, gathering):
+        monkeypatch.setattr(module, "WAIT_S", 0.001)
+    monkeypatch.setattr(gathering, "SILENT_S", 0.01)
 
 
 @pytest.fixture
@@ -232,6 +247,12 @@ def test_every_round_is_the_weighted_mean_of_the_updates(house):
     for _ in range(3):
         expected = averaged(expected, house.lenders.values())
     np.testing.assert_allclose(final.weights, expected, rtol=1e-6)
+
+
+def test_with_strategy_median_every_round_moves_by_the_median_of_the_updates(house):
+    final = house.run(plan_with(training={"strategy": "median"}))
+    # the lenders draw half way towards 1, 2 and 3: 2 is the median, whatever the weights
+    np.testing.assert_allclose(final.weights, 2.0 * (1 - 0.5**3), rtol=1e-6)
 
 
 def test_the_bins_are_of_the_summed_histograms(house):
@@ -483,7 +504,7 @@ def test_the_largest_weight_of_the_plan_is_taken(house, weighting, weight):
 
 
 def test_a_lender_that_does_not_answer_the_proposal_is_named_and_not_asked_without_pause(house, monkeypatch):
-    monkeypatch.setattr(rounds, "SILENT_S", 3600.0)
+    monkeypatch.setattr(gathering, "SILENT_S", 3600.0)
     house.lenders["south"].instead[Propose] = silent
     house.run(plan_with())
     (event,) = house.said("unanswered")
@@ -544,7 +565,7 @@ def test_a_completed_job_without_its_checkpoint_is_refused_with_the_mend(house):
     house.store.end_job("credit-1", "completed")
     (job,) = house.store.jobs()
     with pytest.raises(FedfinError, match=r"its checkpoint is gone; restore federation\.db from its backup"):
-        run_job(house, house.store, job, plan_with(), SCHEMA, release=house.release, say=house.say)
+        house.run_job(house.store, job, plan_with())
 
 
 # Deaths
@@ -678,13 +699,17 @@ def test_a_first_plan_is_a_new_job_named_after_it(house):
     assert house.events == [{"event": "started", "job": job.job_id}]
 
 
-def test_a_plan_of_mode_shared_is_refused_before_anyone_is_asked(house):
-    plan = JobPlan.model_validate({"privacy": {"mode": "shared"}, "training": {"local_steps": 1}})
-    with pytest.raises(ConfigError, match=r"no secure aggregation, without which .*; set it to local$"):
+def test_a_strategy_that_needs_single_updates_is_refused_under_secure_aggregation_before_anyone_is_asked(
+    house,
+):
+    plan = JobPlan().model_copy(update={"training": TrainingPlan(strategy="median")})
+    expected = (
+        r"training\.strategy is median, .* aggregation is secure, .*; take fedavg, or aggregation plain$"
+    )
+    with pytest.raises(ConfigError, match=expected):
         choose(house, plan)
     assert house.store.jobs() == ()
-    local = {"mode": "local"}
-    assert choose(house, JobPlan.model_validate({"privacy": local})).status == "running"
+    assert choose(house, plan.model_copy(update={"aggregation": "plain"})).status == "running"
 
 
 def test_an_unfinished_job_of_the_same_plan_goes_on(house):

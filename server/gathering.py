@@ -1,0 +1,240 @@
+"""Who takes part in a job: proposals, refusals, the quorum, and for whom the coordinator waits.
+
+Under secure aggregation the roster of a job is frozen when it is first proposed, which is when everyone that is waited
+for is online; it goes into every proposal, and who enrols later waits for the next job.
+"""
+
+import time
+from collections.abc import Callable, Collection
+from typing import Final
+
+from fedfin.errors import QuorumError
+from fedfin.plan import JobPlan
+from fedfin.roster import Roster
+from fedfin.server.exchange import Answers, Exchange
+from fedfin.server.jobs import SILENT_S, Say, Waiting
+from fedfin.server.roster import FederationStore
+from fedfin.strategies.sums import largest_weight
+from fedfin.update import Accepted, Message, Propose, Refused
+
+__all__ = ["PROPOSE_S", "WAIT_S", "Gathering"]
+
+WAIT_S: Final = 0.2
+"""A waiting coordinator looks again after this long."""
+
+PROPOSE_S: Final = 120.0
+"""What a proposal waits: a lender reads its table and calibrates its noise before it answers."""
+
+
+class Gathering:
+    """The lenders of one job: asked, accepted, refused, away."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        store: FederationStore,
+        job_id: str,
+        plan: JobPlan,
+        schema_fingerprint: str,
+        *,
+        settle: Callable[[Collection[str]], None],
+        say: Say,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            exchange: The way to the lenders.
+            store: Where answers and the roster are kept.
+            job_id: The job's id.
+            plan: Its plan.
+            schema_fingerprint: Of the federation's schema.
+            settle: Tells lenders how earlier jobs ended; called before they are asked for this one.
+            say: Told of every step.
+        """
+        self._exchange = exchange
+        self._store = store
+        self._job_id = job_id
+        self._plan = plan
+        self._schema_fingerprint = schema_fingerprint
+        self._settle = settle
+        self._say = say
+        self._refused: dict[str, str] = {}
+        self._ask_again_at: dict[str, float] = {}
+        self._told_newcomers: set[str] = set()
+        kept = store.roster(job_id)
+        self._roster = None if kept is None else Roster.from_json(kept)
+
+    @property
+    def roster(self) -> Roster:
+        """The job's frozen roster; there is one once `gather` has returned, under secure aggregation."""
+        assert self._roster is not None  # noqa: S101  (our own order of steps)
+        return self._roster
+
+    @property
+    def accepted(self) -> frozenset[str]:
+        """Lenders that take part and did not refuse to go on."""
+        return frozenset(self._store.weights(self._job_id))
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Record that a lender refused, at the proposal or later: its part in the job ends."""
+        self._refused[name] = reason
+        self._store.save_answer(self._job_id, name, weight=None, reason=reason)
+        self._say({"event": "refused", "lender": name, "reason": reason})
+
+    def gather(self) -> None:
+        """Propose the job until enough lenders take part: all that are waited for, or the quorum after a while.
+
+        Raises:
+            QuorumError: So many lenders refused that the quorum cannot be met.
+        """
+        cohort = self._plan.cohort
+        started = time.monotonic()
+        waiting = Waiting(self._say)
+        while True:
+            members = self._members()
+            late = time.monotonic() - started > cohort.start_timeout_s
+            if self._roster is None and self._plan.aggregation == "secure":
+                online = members & self._exchange.online()
+                invited = self._invited()
+                wanted = max(cohort.wait_for or len(members) + len(invited), cohort.min_lenders)
+                if len(online) < wanted and not (late and len(online) >= cohort.min_lenders):
+                    waiting.report(online, members - online, wanted, invited)
+                    time.sleep(WAIT_S)
+                    continue
+                self._freeze()
+                members = self._members()
+            self.propose()
+            here = members & self.accepted & self._exchange.online()
+            invited = self._invited()
+            self._check_quorum(members, invited)
+            # A refusal is an answer: nobody waits for a lender that has said no. Who is invited is waited for.
+            wanted = (cohort.wait_for or len(members) + len(invited)) - len(self._refused)
+            wanted = max(wanted, cohort.min_lenders)
+            resumed = self._store.checkpoint(self._job_id) is not None
+            if len(here) >= wanted or (len(here) >= cohort.min_lenders and (late or resumed)):
+                self._say({"event": "cohort", "lenders": sorted(here), "refused": self._refused})
+                return
+            waiting.report(here, members - here - set(self._refused), wanted, invited)
+            time.sleep(WAIT_S)
+
+    def propose(self, deadline_s: float = PROPOSE_S) -> None:
+        """Propose the job to every member that is online and has not answered yet."""
+        answered = self.accepted | set(self._refused)
+        soon = {name for name, at in self._ask_again_at.items() if time.monotonic() < at}
+        new = sorted(((self._members() - answered) & self._exchange.online()) - soon)
+        if not new:
+            return
+        self._settle(new)  # first: what an abandoned job holds could not be reserved for this one
+        secure = self._plan.aggregation == "secure"
+        proposal = Propose(
+            self._job_id,
+            self._plan.model_dump_json(),
+            self._schema_fingerprint,
+            self.roster.to_json() if secure else "",
+        )
+        answers = self._exchange.ask(dict.fromkeys(new, proposal), Accepted, deadline_s=deadline_s)
+        for name, reply in sorted(answers.replies.items()):
+            self._take(name, reply, answers)
+        for name in new:
+            if name in answers.failures and name not in self._refused:
+                self._ask_again_at[name] = time.monotonic() + SILENT_S
+                self._say({"event": "unanswered", "lender": name, "reason": answers.failures[name]})
+
+    def quorum(self) -> tuple[str, ...]:
+        """Return the lenders that are online and take part, sorted, once they are a quorum; newcomers are asked.
+
+        Raises:
+            QuorumError: So many lenders refused that the quorum cannot be met.
+        """
+        # A newcomer that hangs holds a round up no longer than a lender that does.
+        self.propose(self._plan.cohort.round_deadline_s)
+        waiting = Waiting(self._say)
+        quorum = self._plan.cohort.min_lenders
+        while True:
+            here = self.accepted & self._exchange.online()
+            if len(here) >= quorum:
+                return tuple(sorted(here))
+            self.propose()
+            if len(self.accepted | (self._members() - set(self._refused))) < quorum:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
+                msg = f"too many lenders refused to go on ({reasons}); mend it with them, then start again"
+                raise QuorumError(msg)
+            waiting.report(set(here), set(self.accepted - here), quorum)
+            time.sleep(WAIT_S)
+
+    def exactly(self, names: Collection[str], why: str) -> tuple[str, ...]:
+        """Return these lenders, sorted, once all of them are online.
+
+        Args:
+            names: Who must be there.
+            why: What happened that nobody else may take their place, for people.
+
+        Raises:
+            QuorumError: One of them refused, or they were not all online within `cohort.start_timeout_s`.
+        """
+        waiting = Waiting(self._say)
+        until = time.monotonic() + self._plan.cohort.start_timeout_s
+        while True:
+            here = set(names) & self.accepted & self._exchange.online()
+            if here == set(names):
+                return tuple(sorted(here))
+            gone = sorted(set(names) - self.accepted)
+            if gone or time.monotonic() > until:
+                missing = ", ".join(gone or sorted(set(names) - here))
+                what = "refused to go on" if gone else "did not come back in time (cohort.start_timeout_s)"
+                msg = (
+                    f"{why}; the same model may be asked about again of the identical cohort only, and {missing}"
+                    f" {what}. Bring them back and start again, or run `fedfin server --new-job`, which spends the"
+                    " lenders' budgets again"
+                )
+                raise QuorumError(msg)
+            waiting.report(here, set(names) - here, len(names))
+            time.sleep(WAIT_S)
+
+    def _freeze(self) -> None:
+        roster = Roster.of({member.name: member.identity_key for member in self._store.members()})
+        self._roster = Roster.from_json(self._store.freeze_roster(self._job_id, roster.to_json()))
+
+    def _members(self) -> set[str]:
+        """Return who may take part; under secure aggregation the frozen roster's members, with the keys it states."""
+        enrolled = {member.name: member.identity_key for member in self._store.members()}
+        if self._roster is None:
+            return set(enrolled)
+        members = {name for name, key in enrolled.items() if self._roster.keys.get(name) == key}
+        for name in sorted(set(enrolled) - members - self._told_newcomers):
+            self._told_newcomers.add(name)
+            self._say({"event": "next_job", "lender": name})
+        return members
+
+    def _invited(self) -> list[str]:
+        """Return whose answer to an invitation could still change the cohort."""
+        return [] if self._roster is not None else [name for name, _ in self._store.pending_invitations()]
+
+    def _check_quorum(self, members: Collection[str], invited: Collection[str]) -> None:
+        quorum = self._plan.cohort.min_lenders
+        left = len(set(members) - set(self._refused))
+        more_may_come = self._roster is None and (bool(invited) or len(members) < quorum)
+        if left >= quorum or more_may_come:
+            return
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
+        msg = (
+            f"cohort.min_lenders is {quorum}, and only {len(members) - len(self._refused)} of {len(members)} lenders"
+            f" can take part. Refused: {reasons}. Mend the plan, then start again"
+        )
+        raise QuorumError(msg)
+
+    def _take(self, name: str, reply: Message, answers: Answers) -> None:
+        secure = self._plan.aggregation == "secure"
+        largest = largest_weight(self._plan.training)
+        if isinstance(reply, Refused):
+            answers.failures[name] = reply.reason
+            self.refuse(name, reply.reason)
+        elif not isinstance(reply, Accepted):
+            answers.failures[name] = "it answered another question"
+        elif secure and reply.weight != 0.0:
+            answers.failures[name] = "it states its weight, which must not leave it under secure aggregation"
+        elif not secure and not 0 < reply.weight <= largest:
+            answers.failures[name] = f"its weight is not one of the plan's: above 0, at most {largest:g}"
+        else:
+            self._store.save_answer(self._job_id, name, weight=reply.weight, reason=None)
+            self._say({"event": "accepted", "lender": name})

@@ -1,0 +1,352 @@
+"""Summing under secure aggregation: the coordinator's side of the five exchanges, around `privacy.combiner`.
+
+    open, share       keys and sealed secrets are relayed; nothing is used up yet, so a failure is tried again
+    mask              recorded on disk first: from here on the stage is used up, at the lenders too
+    confirm, unmask   the survivors agree on who they are, then give back what takes the masks off the sum
+
+The open and share of the following stage ride along with confirm and unmask, so that a steady round is three exchanges.
+What was prepared and does not fit when its turn comes is dropped and made anew, as another attempt.
+
+Vectors are folded into one sum as they arrive, and lenders with large ones are asked a few at a time, so that neither
+the SuperLink nor this process holds many of them.
+"""
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from fedfin.errors import LinkError, ProtocolRefusalError, RoundAbortedError
+from fedfin.privacy.combiner import Combiner
+from fedfin.privacy.encoding import Layout, unpack
+from fedfin.privacy.sum_context import SumContext, roster_digest, threshold_of
+from fedfin.server.exchange import Exchange
+from fedfin.server.jobs import Say
+from fedfin.server.roster import AskedSum, FederationStore
+from fedfin.server.summing import CohortSums, Stage, SumLostError, SumShortError, Upcoming
+from fedfin.update import (
+    Advertised,
+    Confirm,
+    Confirmed,
+    Mask,
+    Masked,
+    Message,
+    Open,
+    Refused,
+    Shared,
+    ShareKeys,
+    Unmask,
+    Unmasked,
+    encode,
+)
+
+__all__ = ["JobContext", "SecureSums"]
+
+_AT_ONCE: Final = 256 * 2**20  # bytes of questions and vectors that are on their way at the same time
+_MAX_THREADS: Final = 8
+_RULE: Final = re.compile(r"[a-z_]{3,40}(?=: )")
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class JobContext:
+    """What every sum of a job is about.
+
+    Attributes:
+        federation: The federation's name.
+        job_id: The job's id.
+        plan_digest: SHA-256 of the plan, hex.
+        roster: Identity keys of the members, as the job was first proposed.
+        deadline_s: What an exchange waits.
+    """
+
+    federation: str
+    job_id: str
+    plan_digest: str
+    roster: Mapping[str, Ed25519PublicKey] = field(repr=False)
+    deadline_s: float
+
+
+@dataclass(slots=True)
+class _Sum:
+    """One sum while it goes on."""
+
+    context: SumContext
+    layout: Layout
+    combiner: Combiner
+    ends_part: bool = False
+    failures: dict[str, str] = field(default_factory=dict[str, str])
+    exchanges: int = 0
+
+    @property
+    def id(self) -> str:
+        return self.context.digest().hex()
+
+
+class SecureSums:
+    """The `Summing` of aggregation secure."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        store: FederationStore,
+        job: JobContext,
+        *,
+        say: Say,
+        refuse: Callable[[str, str], None],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            exchange: The way to the lenders.
+            store: Where attempts are counted and sums that were asked for are marked.
+            job: What the sums are about.
+            say: Told of rules by which a lender refused.
+            refuse: Told of a lender that refused for another reason than a rule of the sum: its part in the job ends.
+        """
+        self._exchange = exchange
+        self._store = store
+        self._job = job
+        self._say = say
+        self._refuse = refuse
+        self._roster_digest = roster_digest(job.roster)
+        self._prepared: _Sum | None = None
+
+    def bound_to(self, stage: Stage) -> frozenset[str] | None:
+        """Return who shared in an earlier sum of this model that was asked for and lost: nobody else may now.
+
+        Two sums of one model over cohorts that differ would show, by their difference, single lenders' vectors.
+        """
+        earlier = self._earlier(stage)
+        return earlier[0].sharers if earlier else None
+
+    def sum(
+        self,
+        stage: Stage,
+        names: Sequence[str],
+        *,
+        following: Upcoming | None = None,
+        on_reply: Callable[[str], None] | None = None,
+    ) -> CohortSums:
+        """Return the sum of the survivors' vectors; errors as `Summing.sum`."""
+        started = time.monotonic()
+        run = self._taken(stage, names) or self._opened(stage, names)
+        run.ends_part = stage.ends_part
+        try:
+            self._ask_masked(run, stage, on_reply)
+            next_run = self._confirmed(run, following)
+            total = self._unmasked(run, next_run)
+        except RoundAbortedError as error:
+            raise SumLostError(str(error), run.failures) from None
+        self._prepared = next_run
+        survivors = run.combiner.survivors
+        return CohortSums(
+            parts=run.layout.decode(total),
+            survivors=tuple(sorted(survivors)),
+            num_lenders=len(names),
+            missing={name: reason for name, reason in run.failures.items() if name not in survivors},
+            failed_after={name: reason for name, reason in run.failures.items() if name in survivors},
+            seconds=time.monotonic() - started,
+            exchanges=run.exchanges,
+            answer_bytes=run.layout.size * run.layout.ring_bits // 8,
+        )
+
+    # The five exchanges
+
+    def _opened(self, stage: Stage, names: Sequence[str]) -> _Sum:
+        """Open a new attempt and share secrets; nothing is used up when it fails."""
+        run = self._start(stage.upcoming, names)
+        run.ends_part = stage.ends_part
+        bound = self.bound_to(stage)
+        enough = self._least(run, stage) if bound is None else len(bound)
+        try:
+            request = Open(self._job.job_id, run.context.to_bytes().decode("ascii"))
+            self._each(
+                run,
+                dict.fromkeys(names, request),
+                Advertised,
+                lambda name, reply: run.combiner.add_advert(name, reply.advert),
+                enough=enough,
+            )
+            adverts = run.combiner.adverts()
+            share = ShareKeys(self._job.job_id, run.id, adverts)
+            self._each(
+                run,
+                dict.fromkeys(adverts, share),
+                Shared,
+                lambda name, reply: run.combiner.add_sealed(name, reply.sealed),
+                enough=enough,
+            )
+            run.exchanges += 2
+        except RoundAbortedError:
+            raise SumShortError(run.failures) from None
+        return run
+
+    def _ask_masked(self, run: _Sum, stage: Stage, on_reply: Callable[[str], None] | None) -> None:
+        """Ask every sharer for its masked vector and fold them."""
+        sharers, least = run.combiner.sharers, self._least(run, stage)
+        bound = self._earlier(stage)
+        if len(sharers) < least or any(sharers != earlier.sharers for earlier in bound):
+            raise SumShortError(run.failures)
+        confirmed = [earlier.survivors for earlier in bound if earlier.survivors is not None]
+        # Who was confirmed as a survivor once stays the only survivor: another set would be refused.
+        asked = frozenset.intersection(sharers, *confirmed)
+        question = encode(stage.question)
+        try:
+            sealed = {name: run.combiner.sealed_for(name) for name in sorted(asked)}
+            run.combiner.ask(question)
+        except RoundAbortedError:
+            raise SumShortError(run.failures) from None
+        self._store.mark_asked(
+            self._job.job_id, AskedSum(stage.name, run.context.attempt, stage.base, sharers, None)
+        )
+        layout = run.layout
+
+        def fold(name: str, reply: Masked) -> None:
+            run.combiner.fold(name, unpack(reply.values.tobytes(), layout.size, layout.ring_bits))
+            if on_reply is not None:
+                on_reply(name)
+
+        asked_bytes = np.frombuffer(question, dtype=np.uint8)
+        wave = max(1, _AT_ONCE // (len(question) + layout.size * layout.ring_bits // 8))
+        for some in _in_waves(sorted(asked), wave):
+            requests = {name: Mask(self._job.job_id, run.id, sealed[name], asked_bytes) for name in some}
+            self._each(run, requests, Masked, fold)
+        run.exchanges += 1
+        if len(run.combiner.survivors) < least:
+            msg = (
+                f"{stage.name}: {len(run.combiner.survivors)} lenders sent a masked vector, and {least} must; nothing"
+                " was unmasked"
+            )
+            raise RoundAbortedError(msg)
+
+    def _confirmed(self, run: _Sum, following: Upcoming | None) -> _Sum | None:
+        """Have the survivors confirmed, and the following stage opened; return it, or None."""
+        survivors = sorted(run.combiner.settle())
+        self._store.mark_survivors(self._job.job_id, run.context.stage, run.context.attempt, survivors)
+        next_run = None if following is None else self._start(following, survivors)
+        opening = "" if next_run is None else next_run.context.to_bytes().decode("ascii")
+
+        def take(name: str, reply: Confirmed) -> None:
+            run.combiner.add_confirmation(name, reply.signature)
+            if next_run is not None:
+                # who does not prepare leaves the preparation unfit; that is no fault in this sum
+                with contextlib.suppress(ProtocolRefusalError):
+                    next_run.combiner.add_advert(name, reply.advert)
+
+        request = Confirm(self._job.job_id, run.id, tuple(survivors), opening)
+        self._each(run, dict.fromkeys(survivors, request), Confirmed, take, enough=run.context.threshold)
+        run.exchanges += 1
+        return next_run
+
+    def _unmasked(self, run: _Sum, next_run: _Sum | None) -> "np.ndarray[tuple[int], np.dtype[np.uint32]]":
+        """Have the shares given back, and those of the following stage sent; return the unmasked sum."""
+        confirmations = run.combiner.confirmations()
+        adverts: dict[str, bytes] = {}
+        if next_run is not None:
+            with contextlib.suppress(RoundAbortedError):
+                adverts = next_run.combiner.adverts()
+
+        def take(name: str, reply: Unmasked) -> None:
+            if next_run is not None:
+                with contextlib.suppress(ProtocolRefusalError):
+                    next_run.combiner.add_sealed(name, reply.sealed)
+            run.combiner.add_shares(name, reply.shares)
+
+        helpers = [name for name in sorted(run.combiner.survivors) if name not in run.failures]
+        request = Unmask(self._job.job_id, run.id, confirmations, adverts)
+        self._each(run, dict.fromkeys(helpers, request), Unmasked, take, enough=run.context.threshold)
+        run.exchanges += 1
+        if run.combiner.liars:
+            self._say({"event": "sum_liars", "stage": run.context.stage, "lenders": list(run.combiner.liars)})
+        return run.combiner.total(min(_MAX_THREADS, os.cpu_count() or 1))
+
+    # What they share
+
+    def _start(self, upcoming: Upcoming, names: Sequence[str]) -> _Sum:
+        layout = upcoming.layout(len(names))
+        context = SumContext(
+            federation=self._job.federation,
+            job_id=self._job.job_id,
+            plan=self._job.plan_digest,
+            stage=upcoming.name,
+            attempt=self._store.open_sum(self._job.job_id, upcoming.name),
+            cohort=tuple(names),
+            roster=self._roster_digest,
+            layout=layout.digest(),
+            threshold=threshold_of(len(names)),
+        )
+        return _Sum(context, layout, Combiner(context, self._job.roster, layout.size))
+
+    def _taken(self, stage: Stage, names: Sequence[str]) -> _Sum | None:
+        """Return what was prepared for this stage along with the one before, if all of it fits."""
+        prepared, self._prepared = self._prepared, None
+        fits = (
+            prepared is not None
+            and prepared.context.stage == stage.name
+            and prepared.context.cohort == tuple(names)
+            and prepared.combiner.sharers == frozenset(names)
+            and prepared.layout == stage.upcoming.layout(len(names))
+        )
+        return prepared if fits else None
+
+    def _least(self, run: _Sum, stage: Stage) -> int:
+        return max(run.context.threshold, stage.min_survivors(run.context.num_lenders))
+
+    def _earlier(self, stage: Stage) -> list[AskedSum]:
+        """Return the sums of the same kind that were asked for of the same model."""
+        kind = stage.name.partition(" ")[0]
+        return [
+            asked
+            for asked in self._store.asked_sums(self._job.job_id)
+            if asked.stage.partition(" ")[0] == kind and asked.base == stage.base
+        ]
+
+    def _each(
+        self,
+        run: _Sum,
+        requests: Mapping[str, Message],
+        expected: type[MessageT],
+        take: Callable[[str, MessageT], None],
+        *,
+        enough: int | None = None,
+    ) -> None:
+        """Ask each lender; a lender that fails, refuses or answers what may not be is a drop-out from here on."""
+
+        def fold(name: str, reply: Message) -> None:
+            if not isinstance(reply, expected) or getattr(reply, "sum", None) != run.id:
+                msg = "it answered for another sum"
+                raise LinkError(msg)
+            take(name, reply)
+
+        answers = self._exchange.ask(
+            requests, expected, deadline_s=self._job.deadline_s, fold=fold, enough=enough
+        )
+        run.failures.update(answers.failures)
+        for name, reply in sorted(answers.replies.items()):
+            reason = reply.reason if isinstance(reply, Refused) else "it answered another question"
+            run.failures[name] = reason
+            if (rule := _RULE.match(reason)) is not None:
+                self._say(
+                    {
+                        "event": "sum_refused",
+                        "stage": run.context.stage,
+                        "lender": name,
+                        "rule": rule[0],
+                        "reason": reason,
+                    }
+                )
+            elif isinstance(reply, Refused) and run.ends_part:
+                self._refuse(name, reason)
+
+
+def _in_waves(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for at in range(0, len(names), size):
+        yield names[at : at + size]
