@@ -16,16 +16,27 @@ KEYS = [bytes([number]) * 32 for number in range(5)]
 
 
 def keystream(key, num_words):
-    """The whole keystream at once, from the library's plain call."""
-    encryptor = Cipher(AES256(key), CTR(bytes(16))).encryptor()
-    return np.frombuffer(encryptor.update(bytes(4 * num_words)), dtype="<u4").astype(np.uint32)
+    """The whole keystream by plain counter mode, piece by piece."""
+    pieces = []
+    for number in range(-(-num_words // BLOCK_WORDS)):
+        first_counter = number.to_bytes(12, "big") + (2).to_bytes(4, "big")
+        encryptor = Cipher(AES256(key), CTR(first_counter)).encryptor()
+        pieces.append(np.frombuffer(encryptor.update(bytes(4 * BLOCK_WORDS)), dtype="<u4"))
+    return np.concatenate([*pieces, np.zeros(0, "<u4")])[:num_words].astype(np.uint32)
 
 
 def test_the_keystream_is_that_of_the_standard():
-    """NIST SP 800-38A, F.5.5: AES-256-CTR; a counter of zero is a block of zeros through AES-256 (FIPS 197)."""
+    """GCM specification, test case 14: AES-256, key, nonce and text of zeros."""
     vector = np.zeros(4, np.uint32)
-    add_masks(vector, [Mask(bytes.fromhex("00" * 32), subtracted=False)])
-    assert vector.astype("<u4").tobytes().hex() == "dc95c078a2408989ad48a21492842087"
+    add_masks(vector, [Mask(bytes(32), subtracted=False)])
+    assert vector.astype("<u4").tobytes().hex() == "cea7403d4d606b6e074ec5d3baf39d18"
+
+
+def test_no_counter_block_of_a_mask_comes_twice():
+    """128 KiB are 8,192 blocks of AES: the count in the last four bytes never reaches the nonce."""
+    assert 2 + 4 * BLOCK_WORDS // 16 < 2**32
+    words = keystream(KEYS[0], 4 * BLOCK_WORDS).reshape(-1, 4)
+    assert len(np.unique(words, axis=0)) == len(words)
 
 
 @settings(max_examples=30, deadline=None)
