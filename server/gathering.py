@@ -162,6 +162,13 @@ class Gathering:
             waiting.report(set(here), set(self.accepted - here), quorum)
             time.sleep(WAIT_S)
 
+    def here(self, bound: Collection[str] | None = None) -> tuple[str, ...]:
+        """Return the lenders that are online now and take part, sorted; of a bound cohort all of it, or nobody."""
+        here = self.accepted & self._exchange.online()
+        if bound is None:
+            return tuple(sorted(here))
+        return tuple(sorted(bound)) if set(bound) <= here else ()
+
     def exactly(self, names: Collection[str], why: str) -> tuple[str, ...]:
         """Return these lenders, sorted, once all of them are online.
 

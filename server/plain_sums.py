@@ -52,7 +52,8 @@ class PlainSums:
             except AnswerError as error:
                 answers.failures[name] = str(error)
         if not found or len(found) < stage.min_survivors(len(names)):
-            raise SumShortError(answers.failures)
+            refused = [name for name, reply in answers.replies.items() if isinstance(reply, Refused)]
+            raise SumShortError(answers.failures, refused)
         some = next(iter(found.values()))
         return CohortSums(
             parts={part: np.sum([found[name][part] for name in found], axis=0) for part in some},

@@ -35,6 +35,7 @@ _KEPT: Final = frozenset(
         "evaluated",
         "evaluation_short",
         "evaluation_lost",
+        "evaluation_skipped",
         "sum_refused",
         "sum_liars",
         "next_job",

@@ -9,7 +9,8 @@ job has one aggregated round fewer. Either way no round is charged twice.
 
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +31,9 @@ from fedfin.update import Done, Finish, Refused
 
 __all__ = ["run_job"]
 
+_MOST_REFUSALS: Final = 3  # of one stage, by a lender that is asked again and again
+_EVALUATION_TRIES: Final = 3
+_EVALUATION_PAUSE_S: Final = 2.0
 _NUMBERED: Final = re.compile(r"(round|evaluation) (\d+)")
 
 
@@ -159,6 +163,12 @@ class _Runner:
         """Sum the lenders' histograms, place the bins, and keep the first checkpoint."""
         stage = stages.bins()
         while True:
+            if self._plan.privacy.mode != "none" and summing.bound_to(stage) is not None:
+                msg = (
+                    f"the sum of the histograms of job {self._job_id} was lost after the lenders had been charged for"
+                    " it, and they answer it once; start another job with `fedfin server --new-job`"
+                )
+                raise QuorumError(msg)
             sums = self._sum(summing, stage, {})
             if sums is not None:
                 break
@@ -182,7 +192,7 @@ class _Runner:
     def _evaluate(
         self, summing: Summing, stages: JobStages, number: int, model: Checkpoint, after: int
     ) -> None:
-        """Have the model judged on all lenders' held-out loans; one that is lost is not made again."""
+        """Have the model judged on all lenders' held-out loans; one that is lost or short of lenders is not made."""
         stage = stages.evaluation(number, model)
         if number <= self._used("evaluation"):
             return  # it was made, or lost, before the coordinator was started again
@@ -190,49 +200,77 @@ class _Runner:
         following = None
         if after < self._plan.training.rounds:
             following = stages.upcoming_round(after + 1, model)
-        sums = self._sum(summing, stage, about, following=following)
-        if sums is not None:
-            self._judged(stages.judged(number, sums))
-            self._say({"event": "evaluated", **about, **_report(sums)})
+        tries, until = 0, time.monotonic() + self._plan.cohort.round_deadline_s
+        while True:
+            names = self._gathering.here(summing.bound_to(stage))
+            if len(names) >= self._plan.cohort.min_lenders:
+                found = self._try(summing, stage, names, about, following)
+                if isinstance(found, SumLostError):
+                    return
+                if isinstance(found, CohortSums):
+                    figures = stages.judged(number, found)
+                    self._judged(figures)
+                    self._say(
+                        {"event": "evaluated", **about, "figures": figures["figures"], **_report(found)}
+                    )
+                    return
+                tries += 1
+            if tries >= _EVALUATION_TRIES or time.monotonic() > until:
+                # No model waits for its figures: lenders that declined, or went away, will not come back for them.
+                self._say({"event": "evaluation_skipped", **about, "lenders": list(names)})
+                return
+            time.sleep(min(_EVALUATION_PAUSE_S, self._plan.cohort.round_deadline_s))
 
     def _sum(
         self, summing: Summing, stage: Stage, about: Mapping[str, Any], *, following: Upcoming | None = None
     ) -> CohortSums | None:
         """Ask for a stage until it has a sum; None where it is used up without one. The bins are asked for again."""
-        kind = stage.name.partition(" ")[0]
         while True:
             bound = summing.bound_to(stage)
             if bound is None:
                 names = self._gathering.quorum()
             else:
                 names = self._gathering.exactly(bound, f"an earlier sum like {stage.name} was lost")
-            if about:
-                self._say({"event": kind, **about, "lenders": list(names)})
-            started = time.monotonic()
-            try:
-                return summing.sum(
-                    stage,
-                    names,
-                    following=following,
-                    on_reply=lambda name: self._say({"event": "answer", **about, "lender": name}),
-                )
-            except SumShortError as error:
-                event, missing, reason = f"{kind}_short", error.missing, None
-            except SumLostError as error:
-                event, missing, reason = f"{kind}_lost", error.missing, str(error)
-            self._say(
-                {
-                    "event": event,
-                    **about,
-                    "cohort": [name for name in names if name not in missing],
-                    "missing": missing,
-                    "seconds": round(time.monotonic() - started, 4),
-                    **({} if reason is None else {"reason": reason}),
-                }
-            )
-            if reason is not None and kind != "bins":
+            found = self._try(summing, stage, names, about, following)
+            if isinstance(found, CohortSums):
+                return found
+            if isinstance(found, SumLostError) and stage.name != "bins":
                 return None
             time.sleep(WAIT_S)
+
+    def _try(
+        self,
+        summing: Summing,
+        stage: Stage,
+        names: Sequence[str],
+        about: Mapping[str, Any],
+        following: Upcoming | None,
+    ) -> CohortSums | SumShortError | SumLostError:
+        """Ask for a stage once; return its sum, or why there is none."""
+        kind = stage.name.partition(" ")[0]
+        if about:
+            self._say({"event": kind, **about, "lenders": list(names)})
+        started = time.monotonic()
+        try:
+            return summing.sum(
+                stage,
+                names,
+                following=following,
+                on_reply=lambda name: self._say({"event": "answer", **about, "lender": name}),
+            )
+        except (SumShortError, SumLostError) as error:
+            lost = isinstance(error, SumLostError)
+            self._say(
+                {
+                    "event": f"{kind}_lost" if lost else f"{kind}_short",
+                    **about,
+                    "cohort": [name for name in names if name not in error.missing],
+                    "missing": error.missing,
+                    "seconds": round(time.monotonic() - started, 4),
+                    **({"reason": str(error)} if lost else {}),
+                }
+            )
+            return error
 
     def _following(self, stages: JobStages, number: int, model: Checkpoint) -> Upcoming | None:
         """Return what is summed after a round, as far as it is known."""

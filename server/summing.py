@@ -4,7 +4,7 @@ The job's loop states what is to be summed, a `Stage`, and gets a `CohortSums`. 
 does not know; what differs is what may be asked again when a sum fails, and two errors say that.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -35,15 +35,26 @@ class AnswerError(FedfinError):
 
 
 class SumShortError(FedfinError):
-    """Too few lenders answered, and nothing is used up: the same stage may be asked again."""
+    """Too few lenders answered, and nothing is used up: the same stage may be asked again.
 
-    def __init__(self, missing: Mapping[str, str]) -> None:
+    Args:
+        missing: Who did not answer, with the reason.
+        refused: Who of them refused.
+    """
+
+    def __init__(self, missing: Mapping[str, str], refused: Collection[str] = ()) -> None:
         super().__init__(f"too few lenders answered; missing: {', '.join(sorted(missing)) or 'nobody'}")
         self.missing = dict(missing)
+        self.refused = frozenset(refused)
 
 
 class SumLostError(FedfinError):
-    """A sum failed after masked vectors were asked for: the stage is used up, and charged at the lenders."""
+    """A sum failed after masked vectors were asked for: the stage is used up, and charged at the lenders.
+
+    Args:
+        why: What happened, for people.
+        missing: Who did not answer, with the reason.
+    """
 
     def __init__(self, why: str, missing: Mapping[str, str]) -> None:
         super().__init__(why)

@@ -83,6 +83,7 @@ class _Sum:
     combiner: Combiner
     ends_part: bool = False
     failures: dict[str, str] = field(default_factory=dict[str, str])
+    refused: set[str] = field(default_factory=set[str])
     exchanges: int = 0
 
     @property
@@ -186,7 +187,7 @@ class SecureSums:
             )
             run.exchanges += 2
         except RoundAbortedError:
-            raise SumShortError(run.failures) from None
+            raise SumShortError(run.failures, run.refused) from None
         return run
 
     def _ask_masked(self, run: _Sum, stage: Stage, on_reply: Callable[[str], None] | None) -> None:
@@ -194,7 +195,7 @@ class SecureSums:
         sharers, least = run.combiner.sharers, self._least(run, stage)
         bound = self._earlier(stage)
         if len(sharers) < least or any(sharers != earlier.sharers for earlier in bound):
-            raise SumShortError(run.failures)
+            raise SumShortError(run.failures, run.refused)
         confirmed = [earlier.survivors for earlier in bound if earlier.survivors is not None]
         # Who was confirmed as a survivor once stays the only survivor: another set would be refused.
         asked = frozenset.intersection(sharers, *confirmed)
@@ -203,7 +204,7 @@ class SecureSums:
             sealed = {name: run.combiner.sealed_for(name) for name in sorted(asked)}
             run.combiner.ask(question)
         except RoundAbortedError:
-            raise SumShortError(run.failures) from None
+            raise SumShortError(run.failures, run.refused) from None
         self._store.mark_asked(
             self._job.job_id, AskedSum(stage.name, run.context.attempt, stage.base, sharers, None)
         )
@@ -333,6 +334,8 @@ class SecureSums:
         for name, reply in sorted(answers.replies.items()):
             reason = reply.reason if isinstance(reply, Refused) else "it answered another question"
             run.failures[name] = reason
+            if isinstance(reply, Refused):
+                run.refused.add(name)
             if (rule := _RULE.match(reason)) is not None:
                 self._say(
                     {
