@@ -34,6 +34,7 @@ from fedfin.plan import JobPlan
 from fedfin.server.founding import Federation, found
 from fedfin.server.supervisor import supervise
 from fedfin.simulation.arms import take_rows, train_pooled
+from fedfin.simulation.demo_job import demo_quorum
 from fedfin.simulation.partition import DemoSplit, LenderRows, demo_loans, split_demo
 
 __all__ = ["ArmMetrics", "DemoResult", "LenderResult", "demo_schema_text", "run_demo"]
@@ -106,6 +107,8 @@ class DemoResult:
                 for lender in self.lenders
             ],
             "rounds": self.plan.training.rounds,
+            "aggregation": self.plan.aggregation,
+            "mode": self.plan.privacy.mode,
             "epsilon": self.epsilon,
             "seconds": round(self.seconds, 1),
             "seed": self.seed,
@@ -253,10 +256,13 @@ class _Houses:
         bank["data"] = {"path": "loans.csv"}
         bank["holdout"] = {"source": {"path": "../../holdout.csv"}}
         private = self._plan.privacy.mode != "none"
+        plain = self._plan.aggregation == "plain"
         bank["policy"] = {
             "epsilon_limit": self._plan.privacy.epsilon if private else 3.0,
             "allow_no_privacy": not private,
+            "allow_plain_aggregation": plain,
             "max_rounds": max(200, self._plan.training.rounds),
+            **({} if plain else {"min_cohort": self._plan.cohort.min_lenders}),
         }
         header = "# Written by `fedfin demo`. The held-out loans are common to all lenders, so that the arms compare.\n"
         write_public(folder.config_path, (header + yaml.safe_dump(bank, sort_keys=False)).encode())
@@ -327,10 +333,10 @@ class _Houses:
 
 
 def _for_all(plan: JobPlan, num_lenders: int) -> JobPlan:
-    cohort = plan.cohort.model_copy(
-        # Every lender is waited for: a demo that quietly left one out would show something else.
-        update={"min_lenders": max(MIN_LENDERS, (num_lenders + 1) // 2), "wait_for": num_lenders}
-    )
+    secure = plan.aggregation == "secure"
+    quorum = demo_quorum(num_lenders) if secure else max(MIN_LENDERS, (num_lenders + 1) // 2)
+    # Every lender is waited for: a demo that quietly left one out would show something else.
+    cohort = plan.cohort.model_copy(update={"min_lenders": quorum, "wait_for": num_lenders})
     return plan.model_copy(update={"cohort": cohort})
 
 
