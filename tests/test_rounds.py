@@ -11,6 +11,7 @@ from numpy.testing import assert_array_equal
 from fedfin.credit.binning import Bins, histogram_size
 from fedfin.credit.drift import num_cells
 from fedfin.credit.schema import Schema
+from fedfin.credit.score_counts import evaluation_cells
 from fedfin.errors import ConfigError, FedfinError, QuorumError
 from fedfin.invitation import Invitation
 from fedfin.plan import JobPlan, TrainingPlan
@@ -23,10 +24,12 @@ from fedfin.update import (
     Accepted,
     AskHistogram,
     Done,
+    Evaluate,
     Finish,
     Histogram,
     Propose,
     Refused,
+    Scores,
     Train,
     Update,
     decode,
@@ -86,6 +89,11 @@ class Lender:
             case Train():
                 delta = (np.float32(self.target) - question.weights) * np.float32(0.5)
                 return Update(question.job_id, question.round, question.fingerprint, delta)
+            case Evaluate():
+                # all loans in the middle cell of the score, half of them bad
+                counts = np.zeros(evaluation_cells(SCHEMA))
+                counts[[32, 96]] = self.weight / 2
+                return Scores(question.job_id, counts)
             case Finish():
                 self.ends.append((question.job_id, question.status))
                 if question.status == "completed":
@@ -154,7 +162,7 @@ class House:
         answers = Answers(replies={}, failures={})
         for name, request in requests.items():
             lender = self.lenders[name]
-            question = decode(encode(request), Propose, AskHistogram, Train, Finish)
+            question = decode(encode(request), Propose, AskHistogram, Train, Evaluate, Finish)
             reply = lender.answer(question) if lender.online else None
             if reply is None:
                 answers.failures[name] = f"no answer within {deadline_s:g} s"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from test_rounds import House, plan_with, refuse, silent
 
 from fedfin.config import DataSource
 from fedfin.credit.binning import bins_from_histogram, encode, histogram
@@ -18,6 +19,7 @@ from fedfin.credit.score_counts import NUM_SCORE_CELLS, count_scores, evaluation
 from fedfin.credit.source import read_loans
 from fedfin.errors import SchemaMismatchError
 from fedfin.plan import JobPlan
+from fedfin.server import gathering, rounds
 from fedfin.server.evaluation import (
     evaluation_rounds,
     evaluation_sum,
@@ -28,6 +30,7 @@ from fedfin.server.evaluation import (
 )
 from fedfin.simulation.arms import take_rows
 from fedfin.simulation.partition import demo_loans
+from fedfin.update import Evaluate, Scores, Train, Update
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / os.environ.get("FEDFIN_DATA_DIR", "../shared/data")
@@ -232,3 +235,82 @@ def test_the_noise_of_a_sum_is_that_of_all_its_lenders():
     scheme = scheme_for(shared, SCHEMA, 16)
     # of 16 shares 15 carry the planned noise: that of one lender in mode local, but for the lattice
     assert shared_noise(scheme, 15) == pytest.approx(local_noise(local, SCHEMA, 1), rel=0.02)
+
+
+# In a job, with lenders in memory
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    for module in (rounds, gathering):
+        monkeypatch.setattr(module, "WAIT_S", 0.001)
+    monkeypatch.setattr(rounds, "_EVALUATION_PAUSE_S", 0.001)
+    return House(tmp_path)
+
+
+def job_with(times, **sections):
+    return plan_with(evaluation={"times": times}, privacy={"mode": "none"}, **sections)
+
+
+def test_a_job_is_judged_as_often_as_the_plan_says_the_last_time_on_the_released_model(house):
+    final = house.run(job_with(2))
+    for lender in house.lenders.values():
+        asked = [type(question) for question in lender.asked if isinstance(question, Train | Evaluate)]
+        assert asked == [Train, Train, Evaluate, Train, Evaluate]
+        assert (lender.questions(Evaluate)[-1].weights == final.weights).all()
+    assert [(one["evaluation"], one["round"], one["lenders"]) for one in house.judged] == [
+        (1, 2, 3),
+        (2, 3, 3),
+    ]
+    assert house.judged[-1]["figures"]["loans"]["value"] == 350
+    assert house.judged[-1]["figures"]["bad_rate"]["value"] == 0.5
+
+
+def test_with_no_evaluations_nobody_is_asked(house):
+    house.run(job_with(0))
+    assert house.judged == []
+    assert all(lender.questions(Evaluate) == [] for lender in house.lenders.values())
+
+
+def test_a_lender_that_declines_an_evaluation_stays_in_the_job(house):
+    house.lenders["north"].instead[Evaluate] = refuse("its privacy budget does not allow it")
+    house.run(job_with(3))
+    assert len(house.lenders["north"].questions(Train)) == 3
+    assert [one["lenders"] for one in house.judged] == [2, 2, 2]
+    assert house.judged[0]["figures"]["loans"]["value"] == 150  # north has 200 of 350
+    assert house.lenders["north"].models
+
+
+@pytest.mark.parametrize("answer", [refuse("its privacy budget does not allow it"), silent])
+def test_where_too_few_evaluate_the_model_is_released_without_figures(house, answer):
+    for name in ("north", "south"):
+        house.lenders[name].instead[Evaluate] = answer
+    house.run(job_with(1))
+    assert house.judged == []
+    assert len(house.said("evaluation_skipped")) == 1
+    assert len(house.lenders["north"].questions(Evaluate)) <= 3
+    assert all(lender.models for lender in house.lenders.values())
+
+
+def test_lenders_that_go_away_after_the_last_round_do_not_hold_the_model_up(house):
+    south = house.lenders["south"]
+
+    def answer(question):
+        if question.round == 3:
+            # the other two have answered already
+            house.lenders["east"].online = house.lenders["north"].online = False
+        return Update(question.job_id, question.round, question.fingerprint, np.zeros_like(question.weights))
+
+    south.instead[Train] = answer
+    house.run(job_with(1))
+    assert house.judged == []
+    assert len(house.released) == 1
+    assert south.models
+
+
+@pytest.mark.parametrize("counts", [np.zeros(3), np.zeros(evaluation_cells(SCHEMA))])
+def test_counts_of_another_length_are_put_down_to_their_lender(house, counts):
+    house.lenders["north"].instead[Evaluate] = lambda question: Scores(question.job_id, counts)
+    house.run(job_with(1))
+    assert "score counts do not have" in house.said("evaluated")[0]["missing"]["north"]
+    assert house.judged[0]["lenders"] == 2
