@@ -226,7 +226,8 @@ class Masking:
         stage, attempt = held.context.stage, held.context.attempt
         log, survivors = self._log(held.job), frozenset(question.survivors)
         for earlier in log.alike(stage, held.weights):
-            if earlier.survivors not in {None, survivors}:
+            is_other = (earlier.stage, earlier.attempt) != (stage, attempt)
+            if is_other and earlier.survivors not in {None, survivors}:
                 what = f"{earlier.stage}, of (nearly) the same model, was confirmed with other survivors than {stage}"
                 raise _refusal("differencing", what)
         signature = held.participant.confirm(question.survivors, held.min_survivors)

@@ -117,8 +117,6 @@ class Stages:
         self._column_cells = [num_cells(column) for column in loans.schema.features]
         self._noise = SecureNoise()
         self._encoded: tuple[str, NDArray[np.float32]] | None = None
-        self._costs: tuple[str, Costs] | None = None
-        self._evaluation: tuple[str, Event] | None = None
 
     @property
     def loans(self) -> PreparedLoans:
@@ -126,26 +124,8 @@ class Stages:
         return self._loans
 
     def costs(self, plan: JobPlan, num_members: int) -> Costs:
-        """Return what a private job costs; calibrated once for each plan.
-
-        Raises:
-            PrivacyParameterError: As `costs_of`.
-        """
-        key = f"{plan.digest()} {num_members}"
-        if self._costs is None or self._costs[0] != key:
-            self._costs = (key, costs_of(plan, self._schema, num_members))
-        return self._costs[1]
-
-    def evaluation_cost(self, plan: JobPlan, num_members: int) -> Event:
-        """Return what one evaluation of a private job is charged to the held-out loans; calibrated likewise.
-
-        Raises:
-            PrivacyParameterError: As `event_of_evaluation`.
-        """
-        key = f"{plan.digest()} {num_members}"
-        if self._evaluation is None or self._evaluation[0] != key:
-            self._evaluation = (key, event_of_evaluation(plan, self._schema, num_members))
-        return self._evaluation[1]
+        """Return what a private job costs; errors as `costs_of`."""
+        return costs_of(plan, self._schema, num_members)
 
     def answer(self, question: Question, job: AcceptedJob) -> Work[Message]:
         """Return how a question is answered in clear: with this lender's answer, seen by itself.
@@ -250,7 +230,7 @@ class Stages:
         if not job.is_private:
             return ()
         if isinstance(question, Evaluate):
-            return (self.evaluation_cost(job.plan, job.num_members),)
+            return (event_of_evaluation(job.plan, self._schema, job.num_members),)
         costs = self.costs(job.plan, job.num_members)
         return (costs.bins if isinstance(question, AskHistogram) else costs.round,)
 
@@ -270,7 +250,7 @@ class Stages:
             )
             if costs is None:
                 return counted.astype(np.float64)
-            multiplier = self.evaluation_cost(plan, job.num_members).noise_multiplier
+            multiplier = event_of_evaluation(plan, self._schema, job.num_members).noise_multiplier
             return noisy_evaluation(counted, self._schema, multiplier, self._noise)
         if plan.privacy.mode == "shared":
             return clipped_gradient(
@@ -349,7 +329,8 @@ class Stages:
                 require_covered(shared_event(scheme, sample_rate=plan.training.sample_rate), costs.round)
             case Evaluate():
                 scheme = scheme_of_evaluation(plan, self._schema, num_lenders)
-                require_covered(shared_event(scheme), self.evaluation_cost(plan, job.num_members))
+                cost = event_of_evaluation(plan, self._schema, job.num_members)
+                require_covered(shared_event(scheme), cost)
         return scheme
 
 
