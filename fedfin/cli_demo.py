@@ -12,9 +12,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedfin.cli_output import console, guarded, print_json, print_table, say
+from fedfin.config import LenderPolicy
 from fedfin.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedfin.plan import JobPlan
     from fedfin.simulation.demo import ArmMetrics, DemoResult, LenderResult
 
 __all__ = ["EPILOG", "demo"]
@@ -24,10 +26,14 @@ EPILOG: Final = "Example:  fedfin demo --lenders 8 --rounds 20 --dir my-demo"
 
 def demo(
     lenders: Annotated[
-        int, typer.Option("--lenders", help="Lenders, 2 to 8; 8 are three banks and five small.")
+        int,
+        typer.Option(
+            "--lenders",
+            help="Lenders, 2 to 8; 8 are three banks and five small. Of 2 the updates are not summed securely.",
+        ),
     ] = 8,
     rounds: Annotated[
-        int | None, typer.Option("--rounds", help="Rounds; default: the plan's.", min=1)
+        int | None, typer.Option("--rounds", help="Rounds; default: 30 with privacy, else 10.", min=1)
     ] = None,
     epsilon: Annotated[
         float,
@@ -60,17 +66,20 @@ def demo(
     def work() -> None:
         from pydantic import ValidationError
 
-        from fedfin.simulation.arms import demo_plan
-        from fedfin.simulation.demo import run_demo
+        from fedfin.simulation.demo import check_lenders, run_demo
+        from fedfin.simulation.demo_job import demo_job
         from fedfin.simulation.report import write_report
 
+        check_lenders(lenders)
         try:
-            plan = demo_plan(None if no_privacy else epsilon, rounds)
+            plan = demo_job(lenders, None if no_privacy else epsilon, rounds)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(str(part) for part in first["loc"])
             msg = f"{key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; change --{key}"
             raise ConfigError(msg) from None
+        if not json_out:
+            _say_how_summed(plan, lenders)
         target = directory or Path(f"fedfin-demo-{dt.datetime.now(dt.UTC):%Y%m%d-%H%M%S}")
         with _View(quiet=json_out) as view:
             result = run_demo(
@@ -126,6 +135,17 @@ class _View:
                     say(f"round {event['round']}: missing {', '.join(event['missing'])}", style="yellow")
             case "refused" if not self._quiet:
                 say(f"{event['lender']} does not take part: {event['reason']}", style="yellow")
+            case "round_lost" | "round_short" | "bins_lost" | "bins_short" if not self._quiet:
+                what = event["event"].replace("_", " ")
+                say(
+                    f"{what}: {event.get('reason', 'again')}; missing {', '.join(event['missing'])}",
+                    style="yellow",
+                )
+            case "sum_refused" if not self._quiet:
+                say(f"{event['lender']} refused in {event['stage']}: {event['reason']}", style="yellow")
+            case "evaluation":
+                text = f"{len(event['lenders'])} lenders count how the model does on held-out loans"
+                self._progress.update(self._task, description=text)
             case "judged":
                 self._progress.update(
                     self._task,
@@ -137,7 +157,26 @@ class _View:
                 pass
 
 
+def _say_how_summed(plan: "JobPlan", num_lenders: int) -> None:
+    """Say before anything runs what the coordinator will see."""
+    if plan.aggregation == "plain":
+        say(
+            f"With {num_lenders} lenders the coordinator sees each update by itself: from the sum of two, each would"
+            " learn the other's. Three lenders and more are summed under secure aggregation."
+        )
+        return
+    say("Updates are summed under secure aggregation: the coordinator sees their sum, and no single one.")
+    quorum, usual = plan.cohort.min_lenders, LenderPolicy.model_fields["min_cohort"].default
+    if quorum < usual:
+        say(
+            f"These lenders accept sums of {quorum}; a lender's policy.min_cohort is {usual} unless its bank.yaml says"
+            " otherwise."
+        )
+
+
 def _show(result: "DemoResult", report: Path) -> None:
+    from fedfin.simulation.report import how_summed
+
     guarantee = "no privacy" if result.epsilon is None else f"epsilon {result.epsilon:g}, delta 1e-5"
     print_table(
         f"{len(result.lenders)} lenders, {result.plan.training.rounds} rounds, {guarantee}: AUC on the same"
@@ -166,6 +205,7 @@ def _show(result: "DemoResult", report: Path) -> None:
             for lender in result.lenders
         ],
     )
+    say(how_summed(result))
     small = [lender for lender in result.lenders if lender.kind == "small"]
     if small:
         mean = sum(lender.gain[0] for lender in small) / len(small)

@@ -79,7 +79,9 @@ class Arms:
 
 
 def demo_plan(epsilon: float | None = 3.0, rounds: int | None = None) -> JobPlan:
-    """Return the demo's job: the plan's defaults, private unless epsilon is None.
+    """Return a job with the plan's defaults, mode local unless epsilon is None, for the arms in one process.
+
+    What `fedfin demo` itself runs is `fedfin.simulation.demo_job.demo_job`.
 
     Args:
         epsilon: Of the whole job, at delta 1e-5; None trains without privacy.

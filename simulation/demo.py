@@ -37,7 +37,7 @@ from fedfin.simulation.arms import take_rows, train_pooled
 from fedfin.simulation.demo_job import demo_quorum
 from fedfin.simulation.partition import DemoSplit, LenderRows, demo_loans, split_demo
 
-__all__ = ["ArmMetrics", "DemoResult", "LenderResult", "demo_schema_text", "run_demo"]
+__all__ = ["ArmMetrics", "DemoResult", "LenderResult", "check_lenders", "demo_schema_text", "run_demo"]
 
 MIN_LENDERS: Final = 2
 MAX_LENDERS: Final = 8
@@ -122,6 +122,17 @@ def demo_schema_text() -> str:
     return (resources.files("fedfin.simulation") / "credit_data.yaml").read_text(encoding="utf-8")
 
 
+def check_lenders(num_lenders: int) -> None:
+    """Refuse a number of lenders that the demo's loans are not split for.
+
+    Raises:
+        ConfigError: It is out of range.
+    """
+    if not MIN_LENDERS <= num_lenders <= MAX_LENDERS:
+        msg = f"--lenders is {num_lenders}; the demo's loans are split for {MIN_LENDERS} to {MAX_LENDERS} lenders"
+        raise ConfigError(msg)
+
+
 def run_demo(
     directory: Path,
     plan: JobPlan,
@@ -145,9 +156,7 @@ def run_demo(
         ConfigError: The folder is not empty, or the number of lenders is out of range.
         LinkError: A process could not start or ended early; says where its log is.
     """
-    if not MIN_LENDERS <= num_lenders <= MAX_LENDERS:
-        msg = f"--lenders is {num_lenders}; the demo's loans are split for {MIN_LENDERS} to {MAX_LENDERS} lenders"
-        raise ConfigError(msg)
+    check_lenders(num_lenders)
     if directory.exists() and any(directory.iterdir()):
         msg = f"{directory} is not empty; the demo overwrites nothing: give a new folder with --dir"
         raise ConfigError(msg)

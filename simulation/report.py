@@ -11,16 +11,17 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from fedfin.client.costs import costs_of
 from fedfin.files import write_public
-from fedfin.privacy.accounting import borrower_epsilon, calibrate, job_events
-from fedfin.simulation.partition import RULE
+from fedfin.privacy.accounting import borrower_epsilon
+from fedfin.simulation.partition import RULE, demo_loans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from fedfin.simulation.demo import DemoResult, LenderResult
 
-__all__ = ["arms_plot", "gain_plot", "write_report"]
+__all__ = ["arms_plot", "gain_plot", "how_summed", "write_report"]
 
 # Two hues that colour-blind readers tell apart; the marks differ in shape as well.
 _ALONE: Final = "#c98a00"
@@ -64,6 +65,8 @@ def write_report(result: "DemoResult") -> Path:
         num_holdout=result.num_holdout,
         budget=result.budget,
         borrower=_borrower(result),
+        how_summed=how_summed(result),
+        trust=_trust(result),
         plan=result.plan,
         rounds=result.rounds,
         round_seconds=median(line["seconds"] for line in result.rounds),
@@ -194,9 +197,37 @@ def _borrower(result: "DemoResult") -> list[tuple[int, float]]:
     plan = result.plan
     if result.epsilon is None:
         return []
-    noise = calibrate(plan.privacy, sample_rate=plan.training.sample_rate, num_steps=plan.num_steps)
-    events = job_events(noise, plan.training.sample_rate, plan.num_steps)
+    _, schema = demo_loans()
+    events = costs_of(plan, schema, len(result.lenders)).whole
     return [(count, borrower_epsilon(events, plan.privacy.delta, num_lenders=count)) for count in (1, 2, 3)]
+
+
+def how_summed(result: "DemoResult") -> str:
+    """Return in a sentence or two what the coordinator saw of the updates, and what that took."""
+    if result.plan.aggregation == "plain":
+        return "The coordinator saw each lender's update by itself: a sum of two would tell each the other's."
+    last = result.rounds[-1]
+    vector = f"{last['answer_bytes'] / 1000:.1f} kB"
+    return (
+        "Updates were summed under secure aggregation: the coordinator saw sums over the lenders and no single update,"
+        f" weight or figure. A round took {median(line['exchanges'] for line in result.rounds):.0f} exchanges with each"
+        f" lender, and a masked update {vector}."
+    )
+
+
+def _trust(result: "DemoResult") -> str:
+    """Return what the guarantee rests on."""
+    privacy, num_lenders = result.plan.privacy, len(result.lenders)
+    if privacy.mode == "local":
+        return "Each lender adds the whole noise itself, and nobody else is trusted for its loans."
+    if privacy.mode == "none":
+        return ""
+    colluders, dropouts = privacy.planned_colluders, privacy.planned_dropouts
+    return (
+        "Each lender adds a share of the noise, and the sum has it once. The figure holds while no more than"
+        f" {colluders} of the {num_lenders} lenders tell others their share, and at least {num_lenders - dropouts}"
+        " answer in each sum; a lender refuses to open a sum of fewer."
+    )
 
 
 def _missing(result: "DemoResult") -> str:
