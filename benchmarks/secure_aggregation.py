@@ -52,7 +52,7 @@ from machine import document, print_document
 from numpy.typing import NDArray
 
 from fedfin.privacy.combiner import Combiner
-from fedfin.privacy.encoding import Layout, Segment, finest_step
+from fedfin.privacy.encoding import Layout, Segment
 from fedfin.privacy.masks import BLOCK_WORDS
 from fedfin.privacy.participant import Participant
 from fedfin.privacy.sum_context import SumContext, roster_digest, threshold_of
@@ -103,7 +103,7 @@ def new_sum(case: Case) -> tuple[dict[str, Participant], Combiner, Layout]:
     """Return the parties of one sum and its layout."""
     names = tuple(sorted(IDENTITIES)[: case.num_lenders])
     roster = {name: IDENTITIES[name].public_key() for name in names}
-    step = finest_step(1.0, case.num_lenders, 32)
+    step = 1.0 / ((2**31 - 1) // case.num_lenders)  # the finest that cannot wrap
     layout = Layout((Segment("update", case.size, 1.0, step),), case.num_lenders)
     context = SumContext(
         federation="benchmark",

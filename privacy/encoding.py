@@ -22,7 +22,7 @@ from fedfin.errors import PrivacyParameterError, TrainingError
 from fedfin.privacy.discrete_gaussian import WordSource
 from fedfin.privacy.sum_rules import refusal
 
-__all__ = ["RING_BITS", "Layout", "Segment", "finest_step", "pack", "ring_for", "unpack"]
+__all__ = ["RING_BITS", "Layout", "Segment", "pack", "unpack"]
 
 RING_BITS: Final = (24, 32)
 """The two rings, by the bits of a word."""
@@ -193,32 +193,10 @@ class Layout:
         if not sound or segment.bound / segment.step > most + 1 or segment.largest > most:
             msg = (
                 f"segment {segment.name!r} of {segment.size} values, bound {segment.bound} and step {segment.step} does"
-                f" not fit {self.num_lenders} lenders in a ring of {self.ring_bits} bits; take a step of at least"
-                " finest_step, or 32 bits"
+                f" not fit {self.num_lenders} lenders in a ring of {self.ring_bits} bits, which holds {most} quanta of"
+                " each; take a larger step, or 32 bits"
             )
             raise PrivacyParameterError(msg)
-
-
-def finest_step(bound: float, num_lenders: int, ring_bits: int) -> float:
-    """Return the smallest quantum at which n lenders' sum cannot wrap, in the bound's unit.
-
-    Args:
-        bound: Largest absolute value of a lender's element; > 0.
-        num_lenders: Lenders of the cohort; >= 1.
-        ring_bits: 24 or 32.
-    """
-    return bound / _most_quanta(num_lenders, ring_bits)
-
-
-def ring_for(bound: float, precision: float, num_lenders: int) -> int:
-    """Return 24 where the ring of 24 bits has a quantum of at most `precision`, else 32.
-
-    Args:
-        bound: Largest absolute value of a lender's element; > 0.
-        precision: Largest quantum that is fine enough, in the bound's unit; > 0.
-        num_lenders: Lenders of the cohort; >= 1.
-    """
-    return 24 if finest_step(bound, num_lenders, 24) <= precision else 32
 
 
 def pack(values: NDArray[np.uint32], ring_bits: int) -> bytes:

@@ -45,6 +45,11 @@ def context_of(names, **changes):
     return replace(right, **changes)
 
 
+def finest_step(bound, num_lenders, ring_bits):
+    """The smallest quantum at which the lenders' sum cannot wrap."""
+    return bound / ((2 ** (ring_bits - 1) - 1) // num_lenders)
+
+
 @dataclass
 class Sum:
     """One sum: the lenders, the coordinator, and what the coordinator sends."""

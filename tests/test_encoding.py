@@ -5,12 +5,12 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from cohorts import turned_away
+from cohorts import finest_step, turned_away
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfin.errors import PrivacyParameterError, TrainingError
-from fedfin.privacy.encoding import Layout, Segment, finest_step, pack, ring_for, unpack
+from fedfin.privacy.encoding import Layout, Segment, pack, unpack
 from fedfin.privacy.noise import SecureNoise, SimulatedNoise
 
 COUNT = Segment("one", 1, 1.0, 1.0)
@@ -214,12 +214,6 @@ def test_every_change_of_a_layout_changes_its_digest():
     ]
     assert len({layout.digest() for layout in layouts}) == len(layouts)
     assert layout_of().digest() == layout_of().digest()
-
-
-def test_a_ring_of_24_bits_serves_where_its_quantum_is_fine_enough():
-    assert finest_step(1.0, 10, 24) == 1.0 / ((2**23 - 1) // 10)
-    assert ring_for(1.0, finest_step(1.0, 10, 24), 10) == 24
-    assert ring_for(1.0, finest_step(1.0, 10, 24) * 0.999, 10) == 32
 
 
 # Words on the wire

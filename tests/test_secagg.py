@@ -7,6 +7,7 @@ import pytest
 from cohorts import (
     QUESTION,
     context_of,
+    finest_step,
     identity_of,
     names_of,
     new_sum,
@@ -22,7 +23,7 @@ from scipy import stats
 from fedfin.errors import RoundAbortedError
 from fedfin.privacy import participant, shamir, sum_keys
 from fedfin.privacy.combiner import Combiner
-from fedfin.privacy.encoding import Layout, Segment, finest_step, pack, ring_for, unpack
+from fedfin.privacy.encoding import Layout, Segment, pack, unpack
 from fedfin.privacy.noise import SecureNoise
 from fedfin.privacy.shamir import PRIME, combine
 from fedfin.privacy.sum_context import asked_digest, roster_digest, threshold_of
@@ -63,8 +64,7 @@ def dropping_out(draw, names):
 
 def check_sum(data, num):
     size = data.draw(st.integers(1, 40))
-    precision = data.draw(st.sampled_from([1e-3, 1e-9]))
-    ring_bits = ring_for(1.0, precision, num)
+    ring_bits = data.draw(st.sampled_from([24, 32]))
     step = finest_step(1.0, num, ring_bits)
     layout = Layout((Segment("update", size, 1.0, step),), num, ring_bits)
     names = names_of(num)
