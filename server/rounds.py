@@ -224,7 +224,12 @@ class _Runner:
     def _sum(
         self, summing: Summing, stage: Stage, about: Mapping[str, Any], *, following: Upcoming | None = None
     ) -> CohortSums | None:
-        """Ask for a stage until it has a sum; None where it is used up without one. The bins are asked for again."""
+        """Ask for a stage until it has a sum; None where it is used up without one. The bins are asked for again.
+
+        Raises:
+            QuorumError: So many lenders refuse it again and again that the quorum cannot be met.
+        """
+        refusals: Counter[str] = Counter()
         while True:
             bound = summing.bound_to(stage)
             if bound is None:
@@ -236,7 +241,23 @@ class _Runner:
                 return found
             if isinstance(found, SumLostError) and stage.name != "bins":
                 return None
+            if isinstance(found, SumShortError):
+                refusals.update(found.refused)
+                self._require_willing(stage, names, refusals, found.missing)
             time.sleep(WAIT_S)
+
+    def _require_willing(
+        self, stage: Stage, names: Sequence[str], refusals: Counter[str], reasons: Mapping[str, str]
+    ) -> None:
+        unwilling = [name for name in names if refusals[name] >= _MOST_REFUSALS]
+        if len(names) - len(unwilling) >= self._plan.cohort.min_lenders:
+            return
+        why = "; ".join(f"{name}: {reasons.get(name, 'it refused')}" for name in unwilling)
+        msg = (
+            f"too many lenders refuse {stage.name} each time they are asked ({why}); their logs name the rule. Mend it"
+            " with them, then start again"
+        )
+        raise QuorumError(msg)
 
     def _try(
         self,

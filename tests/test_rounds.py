@@ -18,8 +18,10 @@ from fedfin.plan import JobPlan, TrainingPlan
 from fedfin.server import gathering, rounds
 from fedfin.server.exchange import Answers
 from fedfin.server.jobs import choose_job
+from fedfin.server.plain_sums import PlainSums
 from fedfin.server.roster import FederationStore, Member
 from fedfin.server.rounds import run_job
+from fedfin.server.summing import SumShortError
 from fedfin.update import (
     Accepted,
     AskHistogram,
@@ -436,6 +438,22 @@ def test_too_many_refusals_later_end_the_job_with_their_reasons(house, kind):
         house.run(plan_with())
     (job,) = house.store.jobs()
     assert job.status == "running"
+
+
+def test_a_stage_that_no_quorum_is_willing_to_answer_ends_the_job_with_their_reasons(house, monkeypatch):
+    """In a secure sum a refusal by rule leaves the lender in the job; it must not be asked for ever."""
+    asked = []
+
+    def refused(_, stage, names, **__):
+        asked.append(stage.name)
+        raise SumShortError({"east": "[charged] it has left", "south": "too late"}, ["east", "south"])
+
+    monkeypatch.setattr(PlainSums, "sum", refused)
+    with pytest.raises(
+        QuorumError, match=r"refuse bins each time .*east: \[charged\] it has left; south: too late"
+    ):
+        house.run(plan_with())
+    assert asked == ["bins"] * 3
 
 
 def test_what_was_refused_is_asked_again_after_a_restart(house):
