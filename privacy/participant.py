@@ -22,6 +22,7 @@ import secrets
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Final, NoReturn, final
 
 import numpy as np
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from fedfin.errors import PrivacyParameterError
 from fedfin.privacy.masks import Mask, add_masks
 from fedfin.privacy.shamir import split
-from fedfin.privacy.sum_context import MIN_LENDERS, SumContext, asked_digest, roster_digest, threshold_of
+from fedfin.privacy.sum_context import MIN_LENDERS, SumContext, asked_digest, check_context
 from fedfin.privacy.sum_keys import exchanged, own_mask, pair_mask, private_key
 from fedfin.privacy.sum_messages import Advert, secret_commitment, sign_confirmation, verify_confirmation
 from fedfin.privacy.sum_rules import refusal
@@ -92,7 +93,7 @@ class Participant:
                 f"the policy's min_cohort is {min_cohort}; a secure sum needs at least {MIN_LENDERS} lenders"
             )
             raise PrivacyParameterError(msg)
-        _check_context(context, name, identity, roster, min_cohort)
+        check_context(context, name, identity.public_key(), roster, min_cohort)
         self._context = context
         self._digest = context.digest()
         self._name = name
@@ -100,6 +101,7 @@ class Participant:
         self._least = max(min_cohort, context.threshold)
         self._secrets: _Secrets | None = _Secrets(identity)
         self._num_done = 0
+        self._lock = Lock()  # of two requests at the same time, one is the second
         self._advert = b""
         self._adverts: dict[str, bytes] = {}
         self._sharers: frozenset[str] = frozenset()
@@ -272,12 +274,13 @@ class Participant:
     @contextmanager
     def _step(self, step: str) -> Generator[_Secrets]:
         """Run a step in its turn; whatever fails in it ends the sum here."""
-        try:
-            yield self._in_turn(step)
-        except BaseException:
-            self.forget()
-            raise
-        self._num_done += 1
+        with self._lock:
+            try:
+                yield self._in_turn(step)
+            except BaseException:
+                self.forget()
+                raise
+            self._num_done += 1
 
     def _in_turn(self, step: str) -> _Secrets:
         turn, finished = _STEPS.index(step), self._num_done == len(_STEPS)
@@ -305,21 +308,3 @@ class Participant:
                 advert.verify(self._digest, name, self._roster[name])
                 own.channels[name] = exchanged(channel_private, advert.channel_key, name)
                 own.pairs[name] = exchanged(mask_private, advert.mask_key, name)
-
-
-def _check_context(
-    context: SumContext,
-    name: str,
-    identity: Ed25519PrivateKey,
-    roster: Mapping[str, Ed25519PublicKey],
-    min_cohort: int,
-) -> None:
-    if name not in context.cohort or roster.get(name) != identity.public_key():
-        raise refusal("membership", f"{name} is not in the cohort, or not in the roster with its own key")
-    if context.roster != roster_digest(roster) or not set(context.cohort) <= set(roster):
-        raise refusal("roster", "the sum rests on another roster than the pinned one")
-    if context.num_lenders < min_cohort:
-        raise refusal("cohort_size", f"the cohort has {context.num_lenders} lenders, not {min_cohort}")
-    if context.threshold != threshold_of(context.num_lenders):
-        what = f"the threshold is {context.threshold}, not {threshold_of(context.num_lenders)}"
-        raise refusal("threshold", what)

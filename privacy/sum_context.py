@@ -21,7 +21,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedfin.privacy.sum_rules import refusal
 
-__all__ = ["MIN_LENDERS", "SumContext", "asked_digest", "framed", "roster_digest", "threshold_of"]
+__all__ = [
+    "MIN_LENDERS",
+    "SumContext",
+    "asked_digest",
+    "check_context",
+    "framed",
+    "roster_digest",
+    "threshold_of",
+]
 
 MIN_LENDERS: Final = 3
 """No sum has fewer lenders, whatever a policy says: of two, each would learn the other's vector."""
@@ -138,6 +146,36 @@ def threshold_of(num_lenders: int) -> int:
     Source: Bonawitz et al. 2017, theorem 6.5.
     """
     return 2 * num_lenders // 3 + 1
+
+
+def check_context(
+    context: SumContext,
+    name: str,
+    identity: Ed25519PublicKey,
+    roster: Mapping[str, Ed25519PublicKey],
+    min_cohort: int,
+) -> None:
+    """Check that a lender may take part in such a sum.
+
+    Args:
+        context: As the coordinator sent it.
+        name: The lender.
+        identity: Its own identity key.
+        roster: The identity key of every member, as the lender pinned it.
+        min_cohort: Fewest lenders of a sum that its policy allows.
+
+    Raises:
+        ProtocolRefusalError: It may not: rules `membership`, `roster`, `cohort_size`, `threshold`.
+    """
+    if name not in context.cohort or roster.get(name) != identity:
+        raise refusal("membership", f"{name} is not in the cohort, or not in the roster with its own key")
+    if context.roster != roster_digest(roster) or not set(context.cohort) <= set(roster):
+        raise refusal("roster", "the sum rests on another roster than the pinned one")
+    if context.num_lenders < min_cohort:
+        raise refusal("cohort_size", f"the cohort has {context.num_lenders} lenders, not {min_cohort}")
+    if context.threshold != threshold_of(context.num_lenders):
+        what = f"the threshold is {context.threshold}, not {threshold_of(context.num_lenders)}"
+        raise refusal("threshold", what)
 
 
 def roster_digest(roster: Mapping[str, Ed25519PublicKey]) -> str:

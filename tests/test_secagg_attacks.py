@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +22,7 @@ from cohorts import (
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedfin.errors import PrivacyParameterError, ProtocolRefusalError
-from fedfin.privacy import sum_shares
+from fedfin.privacy import participant, sum_shares
 from fedfin.privacy.participant import Participant
 from fedfin.privacy.sum_context import SumContext, roster_digest, threshold_of
 from fedfin.privacy.sum_messages import Advert, sign_confirmation
@@ -454,6 +456,21 @@ def test_a_step_a_second_time_is_refused():
     ):
         mine = running.participants[name]
         refused("once", mine, call, mine)
+
+
+def test_of_two_requests_at_the_same_time_one_is_answered(monkeypatch):
+    running = new_sum().upto("confirm")
+    mine, sets = running.participants[ME], [running.names, names_of(5)]
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return sign_confirmation(*arguments)
+
+    monkeypatch.setattr(participant, "sign_confirmation", slow)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(mine.confirm, survivors) for survivors in sets]
+    refusals = [one.exception().rule for one in asked if one.exception() is not None]
+    assert refusals == ["once"]
 
 
 def test_whatever_fails_in_a_step_ends_the_sum():
