@@ -7,7 +7,7 @@ roster does not tell an invented lender from a real one: the engineer compares f
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedfin.client.folder import LenderFolder
 from fedfin.errors import ConfigError, LinkError, ProtocolRefusalError
@@ -47,6 +47,18 @@ class Change:
         """Members of both, with another key in each."""
         both = set(self._before) & set(self.proposed.keys)
         return tuple(sorted(name for name in both if self._before[name] != self.proposed.keys[name]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the change for `fedfin client approve-roster` and `status`: names and fingerprints."""
+        before = {} if self.pinned is None else self.pinned.fingerprints()
+        after = self.proposed.fingerprints()
+        return {
+            "digest": self.proposed.digest(),
+            "members": after,
+            "added": list(self.added),
+            "removed": list(self.removed),
+            "changed": {name: {"before": before[name], "now": after[name]} for name in self.changed},
+        }
 
     @property
     def _before(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 from fedfin.client.budgeting import budget_to_json
 from fedfin.client.evaluation import EVALUATION_FILE
 from fedfin.client.folder import LenderFolder
+from fedfin.client.pinning import pending, pinned
 from fedfin.config import LenderPolicy
 from fedfin.errors import BudgetSpentError, ConfigError
 from fedfin.privacy.accounting import borrower_epsilons
@@ -17,10 +18,10 @@ __all__ = ["release_job", "status_of"]
 
 
 def status_of(config_path: Path) -> dict[str, Any]:
-    """Return a document with the lender's budget per snapshot and its models.
+    """Return a document with the lender's budget per snapshot, its models and its roster.
 
     Raises:
-        ConfigError: bank.yaml does not hold.
+        ConfigError: bank.yaml does not hold, or a kept file is damaged.
         LedgerError: The ledger cannot be read.
     """
     folder = LenderFolder(config_path)
@@ -69,6 +70,16 @@ def status_of(config_path: Path) -> dict[str, Any]:
         "epsilon_limit": policy.epsilon_limit,
         "snapshots": snapshots,
         "models": models,
+        "roster": _roster_of(folder),
+    }
+
+
+def _roster_of(folder: LenderFolder) -> dict[str, Any]:
+    """Return the pinned roster and the one that waits for approval, each None where there is none."""
+    own, change = pinned(folder), pending(folder)
+    return {
+        "pinned": None if own is None else {"digest": own.digest(), "members": own.fingerprints()},
+        "pending": None if change is None else change.to_json(),
     }
 
 
