@@ -20,7 +20,7 @@ from fedfin.client.pinning import accept_roster
 from fedfin.client.policy import check_plan
 from fedfin.client.preparation import PreparedLoans, prepare
 from fedfin.client.refusing import reason_for, write_refusal
-from fedfin.client.scoring import reserve_evaluations
+from fedfin.client.scoring import event_of_evaluation, reserve_evaluations
 from fedfin.client.stages import Question, Stages
 from fedfin.credit.drift import Reference
 from fedfin.credit.export import ReleasedModel, load_model, model_digest, save_model
@@ -208,6 +208,8 @@ class Lender:
         if plan.aggregation == "plain":
             weight = lender_weight(len(self.loans.train), plan.training)
         if plan.privacy.mode != "none":
+            if plan.evaluation.times:
+                event_of_evaluation(plan, self.loans.schema, num_members)  # refused before anything is reserved
             self._ledger.reserve(
                 job_id,
                 snapshot,
