@@ -44,15 +44,16 @@ def test_init_makes_a_folder_that_holds_together_and_tells_nobody_its_keys(feder
         assert key.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_job_of_mode_shared_does_not_start_and_its_mend_parses(federation):
+def test_a_job_of_mode_shared_does_not_start_in_clear_and_its_mend_parses(federation):
     config = federation / "federation.yaml"
-    text = config.read_text()
+    text = config.read_text().replace("aggregation: secure", "aggregation: plain")
     shared = text.replace("mode: local", "mode: shared").replace("local_steps: 10", "local_steps: 1")
     config.write_text(shared)
     refused = fedfin("server", "--config", config)
-    assert (refused.exit_code, "has no secure aggregation" in " ".join(refused.stderr.split())) == (1, True)
-    assert "set it to local" in " ".join(refused.stderr.split())
-    config.write_text(shared.replace("mode: shared", "mode: local"))
+    words = " ".join(refused.stderr.split())
+    assert (refused.exit_code, "privacy.mode is shared and aggregation is plain" in words) == (1, True)
+    assert "set aggregation to secure" in words
+    config.write_text(shared.replace("aggregation: plain", "aggregation: secure"))
     assert fedfin("server", "status", "--config", config).exit_code == 0
 
 
