@@ -209,7 +209,8 @@ class Lender:
             weight = lender_weight(len(self.loans.train), plan.training)
         if plan.privacy.mode != "none":
             if plan.evaluation.times:
-                event_of_evaluation(plan, self.loans.schema, num_members)  # refused before anything is reserved
+                # where it has no noise, the job is refused before anything of it is reserved
+                event_of_evaluation(plan, self.loans.schema, num_members)
             self._ledger.reserve(
                 job_id,
                 snapshot,

@@ -9,10 +9,11 @@ from fedfin.client.budgeting import Epsilon, budget_to_json
 from fedfin.client.folder import LenderFolder
 from fedfin.errors import ConfigError
 from fedfin.privacy.accounting import borrower_epsilons
+from fedfin.privacy.evaluation_noise import is_evaluation_job
 from fedfin.privacy.filter import divergence
 from fedfin.privacy.ledger import Budget, Charge, Ledger
 
-__all__ = ["JobShare", "Spending", "choose", "open_ledger", "spendings_of", "to_json"]
+__all__ = ["JobShare", "Spending", "choose", "is_held_out", "open_ledger", "spendings_of", "to_json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Spending:
 
     Attributes:
         snapshot: Digest.
+        held_out: Whether its own jobs are evaluations: these loans judge, and train nothing under this digest.
         delta: At which epsilons are given.
         spent: What has left.
         reserved: What open jobs still hold.
@@ -41,6 +43,7 @@ class Spending:
     """
 
     snapshot: str
+    held_out: bool
     delta: float
     spent: Epsilon
     reserved: Epsilon
@@ -84,6 +87,12 @@ def choose(known: Sequence[str], prefix: str | None) -> tuple[str, ...]:
     raise ConfigError(msg)
 
 
+def is_held_out(ledger: Ledger, snapshot: str) -> bool:
+    """Tell whether a snapshot is one of held-out loans: all jobs that asked for it are evaluations."""
+    entries = ledger.entries(snapshot)
+    return bool(entries) and all(is_evaluation_job(entry.job_id) for entry in entries)
+
+
 def spendings_of(ledger: Ledger, folder: LenderFolder, prefix: str | None = None) -> tuple[Spending, ...]:
     """Return what each snapshot's loans have given, the oldest snapshot first.
 
@@ -108,6 +117,7 @@ def to_json(spending: Spending) -> dict[str, Any]:
     budget = spending.budget
     return {
         "snapshot": spending.snapshot,
+        "held_out": spending.held_out,
         "relation": "add_or_remove_one",
         "delta": spending.delta,
         "spent": asdict(spending.spent),
@@ -153,6 +163,7 @@ def _spending_of(ledger: Ledger, snapshot: str, epsilon_limit: float, delta: flo
         by_job.setdefault((charge.entry.job_id, charge.entry.snapshot != snapshot), []).append(charge)
     return Spending(
         snapshot=snapshot,
+        held_out=is_held_out(ledger, snapshot),
         delta=delta,
         spent=Epsilon(spent.epsilon_rdp, spent.epsilon_pld),
         reserved=Epsilon(reserved.epsilon_rdp, reserved.epsilon_pld),

@@ -8,6 +8,7 @@ from fedfin.client.budgeting import budget_to_json
 from fedfin.client.evaluation import EVALUATION_FILE
 from fedfin.client.folder import LenderFolder
 from fedfin.client.pinning import pending, pinned
+from fedfin.client.spending import is_held_out
 from fedfin.config import LenderPolicy
 from fedfin.errors import BudgetSpentError, ConfigError
 from fedfin.privacy.accounting import borrower_epsilons
@@ -35,6 +36,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
                 snapshots.append(
                     {
                         "snapshot": snapshot,
+                        "held_out": is_held_out(ledger, snapshot),
                         "delta": delta,
                         "relation": "add_or_remove_one",
                         "epsilon_rdp": spent.epsilon_rdp,

@@ -294,8 +294,9 @@ def _show_status(document: dict[str, Any]) -> None:
         )
         _, two, three = snapshot["borrower_pld"]
         say(
-            f"budget of loans {snapshot['snapshot'][:12]}, epsilon limit {document['epsilon_limit']:g}: {used}; spent"
-            f" so far: epsilon {snapshot['epsilon_pld']:.3f} by PLD ({snapshot['epsilon_rdp']:.3f} by RDP), and"
+            f"budget of {'held-out loans' if snapshot['held_out'] else 'loans'} {snapshot['snapshot'][:12]}, epsilon"
+            f" limit {document['epsilon_limit']:g}: {used}; spent so far: epsilon {snapshot['epsilon_pld']:.3f} by PLD"
+            f" ({snapshot['epsilon_rdp']:.3f} by RDP), and"
             f" {snapshot['together_pld']:.3f} ({snapshot['together_rdp']:.3f}) with what is reserved, at delta"
             f" {snapshot['delta']:g}, for one loan added or removed; a borrower with a loan at 2 | 3 lenders:"
             f" {two:.3f} | {three:.3f} by PLD"

@@ -121,8 +121,10 @@ def epsilon_row(name: str, epsilon: "Epsilon") -> list[str]:
 
 
 def _show_spending(spending: "Spending") -> None:
+    from fedfin.privacy.evaluation_noise import job_of
+
     budget = spending.budget
-    say(f"loans of snapshot {spending.snapshot[:12]}", style="bold")
+    say(f"{'held-out ' if spending.held_out else ''}loans of snapshot {spending.snapshot[:12]}", style="bold")
     parts = [
         (
             f"{job.job_id}{' (inherited)' if job.is_inherited else ''}",
@@ -164,7 +166,7 @@ def _show_spending(spending: "Spending") -> None:
             rows.append(
                 [
                     entry.utc[:16].replace("T", " "),
-                    entry.job_id,
+                    job_of(entry.job_id),
                     entry.stage,
                     f"{event.noise_multiplier:.4g}",
                     f"{event.sample_rate:g}" if event.sample_rate < 1.0 else "-",

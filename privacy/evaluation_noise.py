@@ -20,8 +20,11 @@ __all__ = [
     "evaluation_event",
     "evaluation_job",
     "evaluation_scheme",
+    "is_evaluation_job",
+    "job_of",
 ]
 
+_SUFFIX: Final = " evaluation"
 _SPARE: Final = 2e-3
 """Of epsilon: what a lender reserves covers cohorts of any size, and so the coarsest of their lattices."""
 
@@ -31,7 +34,17 @@ def evaluation_job(job_id: str) -> str:
 
     A job's id has no space (`client/lender.py`), so no other job can have this name.
     """
-    return f"{job_id} evaluation"
+    return f"{job_id}{_SUFFIX}"
+
+
+def is_evaluation_job(name: str) -> bool:
+    """Tell whether a name in the ledger is that of a job's evaluations: its loans are held out."""
+    return name.endswith(_SUFFIX)
+
+
+def job_of(name: str) -> str:
+    """Return the job's id, from its own name in the ledger or that of its evaluations."""
+    return name.removesuffix(_SUFFIX)
 
 
 def evaluation_event(plan: JobPlan) -> GaussianEvent:

@@ -13,7 +13,9 @@ from federation import shares
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lenders import JOB, PLAN, lender_folder, open_lender, proposal, train_request
+from typer.testing import CliRunner
 
+from fedfin.cli import app
 from fedfin.client import lender as lender_module
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
@@ -24,6 +26,7 @@ from fedfin.client.scoring import (
     reserve_evaluations,
     scheme_of_evaluation,
 )
+from fedfin.client.status import status_of
 from fedfin.credit.binning import Bins, encode
 from fedfin.credit.models import architecture_of, encoding_of, predict
 from fedfin.credit.score_counts import (
@@ -441,3 +444,15 @@ def test_evaluations_without_a_noise_are_refused_before_anything_is_reserved(ban
     decode(lender.answer(proposal(JUDGED)), Refused)
     assert entries(bank) == []
     lender.close()
+
+
+def test_status_and_ledger_tell_the_held_out_loans_apart(bank, lender):
+    decode(ask(lender, evaluate_request(lender, 1)), Scores)
+    lender.close()
+    held_out = {one["snapshot"]: one["held_out"] for one in status_of(bank)["snapshots"]}
+    assert held_out == {lender.loans.snapshot.digest: False, lender.loans.counted.snapshot.digest: True}
+    shown = CliRunner().invoke(app, ["privacy", "ledger", "--config", str(bank)]).output
+    assert f"held-out loans of snapshot {lender.loans.counted.snapshot.digest[:12]}" in shown
+    assert f"\nloans of snapshot {lender.loans.snapshot.digest[:12]}" in f"\n{shown}"
+    (released,) = [line for line in shown.splitlines() if "evaluation 1" in line and JOB in line]
+    assert len(released) <= 80
