@@ -86,6 +86,7 @@ class SumLog:
     ) -> None:
         """Record a masked vector and the weights it answers, before it leaves; shape (d,), none for the bins."""
         if weights.size:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             little = np.ascontiguousarray(weights, dtype="<f4")
             write_public(self._weights_path(stage, attempt), little.tobytes(), mode=0o600)
         self._append(
