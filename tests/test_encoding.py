@@ -142,6 +142,16 @@ def test_stochastic_rounding_is_unbiased_and_moves_by_less_than_a_quantum(source
         assert abs(ups.mean() - chance) <= 5.4 * np.sqrt(max(chance * (1 - chance), 0.0) / num)
 
 
+def test_whole_quanta_are_not_moved_whatever_the_chance():
+    class Zeros:
+        def words(self, num):
+            return np.zeros(num, np.uint64)
+
+    layout = layout_of(10.0, step=1.0)
+    values = np.array([-10.0, -1.0, 0.0, 4.0, 10.0])
+    np.testing.assert_array_equal(quanta(layout.encode({"update": values}, stochastic=Zeros())), values)
+
+
 def test_stochastic_rounding_never_passes_the_bound():
     layout = layout_of(1.0, size=1000)
     vector = layout.encode({"update": np.full(1000, 5.0)}, stochastic=SecureNoise())

@@ -26,8 +26,9 @@ from fedfin.privacy.combiner import Combiner
 from fedfin.privacy.encoding import Layout, Segment, pack, unpack
 from fedfin.privacy.noise import SecureNoise
 from fedfin.privacy.shamir import PRIME, combine
-from fedfin.privacy.sum_context import asked_digest, roster_digest, threshold_of
-from fedfin.privacy.sum_messages import Advert
+from fedfin.privacy.sum_context import asked_digest, framed, roster_digest, threshold_of
+from fedfin.privacy.sum_messages import Advert, secret_commitment
+from fedfin.privacy.sum_shares import share_commitments
 
 ME, OTHER = "bank-01", "bank-02"
 REJECTED = 1e-6
@@ -345,6 +346,7 @@ def test_shares_that_come_late_still_finish_a_sum():
     running.combiner.add_shares(*answers[4])
     assert_array_equal(running.combiner.total(), expected)
     assert_array_equal(running.combiner.total(), expected)
+    assert running.combiner._shares == {}
 
 
 def test_a_cohort_outside_the_roster_has_no_combiner():
@@ -394,6 +396,47 @@ def test_a_roster_digest_holds_names_and_keys():
     digests = {roster_digest(one) for one in (roster, swapped, roster_of(names_of(4)))}
     assert len(digests) == 3
     assert roster_digest(dict(reversed(roster.items()))) == roster_digest(roster)
+
+
+def test_parts_are_framed_so_that_none_runs_into_the_next():
+    framings = {
+        framed("label", b"ab", b"c"),
+        framed("label", b"a", b"bc"),
+        framed("label", b"abc"),
+        framed("label", b"abc", b""),
+        framed("labelabc"),
+    }
+    assert len(framings) == 5
+
+
+def test_signatures_and_commitments_name_their_lender():
+    advert = Advert(bytes(32), bytes(32), bytes(32))
+    assert advert.body(b"context", ME) != advert.body(b"context", OTHER)
+    assert secret_commitment(b"context", ME, bytes(32)) != secret_commitment(b"context", OTHER, bytes(32))
+    pair = bytes(33), bytes(33)
+    deals = {
+        share_commitments(b"context", *names, pair) for names in ((ME, OTHER), (OTHER, ME), (ME, "bank-03"))
+    }
+    assert len(deals) == 3
+
+
+def test_every_key_is_for_one_use_one_pair_and_one_sum():
+    """All from one exchanged secret, which would be a fault of its own."""
+    secret = bytes(32)
+    keys = [
+        sum_keys.channel_key(secret, b"sum 1", ME, OTHER),
+        sum_keys.channel_key(secret, b"sum 1", OTHER, ME),
+        sum_keys.channel_key(secret, b"sum 2", ME, OTHER),
+        sum_keys.pair_mask(secret, b"sum 1", ME, OTHER).key,
+        sum_keys.pair_mask(secret, b"sum 1", ME, "bank-03").key,
+        sum_keys.pair_mask(secret, b"sum 2", ME, OTHER).key,
+        sum_keys.own_mask(secret, b"sum 1", ME).key,
+        sum_keys.own_mask(secret, b"sum 1", OTHER).key,
+        sum_keys.own_mask(secret, b"sum 2", ME).key,
+    ]
+    assert len(set(keys)) == len(keys)
+    both = sum_keys.pair_mask(secret, b"sum 1", ME, OTHER), sum_keys.pair_mask(secret, b"sum 1", OTHER, ME)
+    assert both[1] == both[0].undone()
 
 
 # What a coordinator sees before it has t shares
