@@ -5,6 +5,7 @@ answer that was kept but not charged never left, so it is made anew. Why in this
 """
 
 import hashlib
+from collections.abc import Callable
 
 from fedfin.audit.journal import Journal
 from fedfin.client.accepted import AcceptedJob
@@ -18,7 +19,12 @@ __all__ = ["answer_once", "charged_failure"]
 
 
 def answer_once(
-    question: bytes, job: AcceptedJob, work: Work[Message], ledger: Ledger, journal: Journal
+    question: bytes,
+    job: AcceptedJob,
+    work: Work[Message],
+    ledger: Ledger,
+    journal: Journal,
+    say: Callable[[str], None],
 ) -> bytes:
     """Return the answer to a stage: what was kept, or by doing the work, keeping it and charging it.
 
@@ -31,6 +37,7 @@ def answer_once(
         work: The stage's.
         ledger: The lender's.
         journal: The lender's.
+        say: Prints a line for people.
 
     Raises:
         PolicyRefusalError: The stage was answered for another question.
@@ -50,25 +57,29 @@ def answer_once(
     if charged and work.events:
         msg = f"{work.stage} of job {job.job_id} was charged but its answer is gone; it is not made twice"
         raise LedgerError(msg)
-    answer = encode(_done(job, work, journal))
+    answer = encode(_done(job, work, journal, say))
     job.folder.keep_answer(work.stage, asked + answer)
     digest = hashlib.sha256(answer).hexdigest()
     if work.events:
         ledger.commit(work.charged_to, work.stage, work.events, digest)
     journal.write("released", job=job.job_id, stage=work.stage, digest=digest)
+    say(f"job {job.job_id}: {work.stage} answered")
     return answer
 
 
-def charged_failure(job: AcceptedJob, stage: str, error: Exception, journal: Journal) -> Refused:
+def charged_failure(
+    job: AcceptedJob, stage: str, error: Exception, journal: Journal, say: Callable[[str], None]
+) -> Refused:
     """Return what is answered in the place of private work that failed; it is charged like work that succeeded."""
     journal.write("work_failed", job=job.job_id, stage=stage, reason=str(error))
+    say(f"job {job.job_id}: {stage} failed, and is charged all the same: {error}")
     return Refused(job.job_id, WORK_FAILED)
 
 
-def _done(job: AcceptedJob, work: Work[Message], journal: Journal) -> Message:
+def _done(job: AcceptedJob, work: Work[Message], journal: Journal, say: Callable[[str], None]) -> Message:
     try:
         return work.run()
     except Exception as error:
         if not work.events:
             raise
-        return charged_failure(job, work.stage, error, journal)
+        return charged_failure(job, work.stage, error, journal, say)

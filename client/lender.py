@@ -86,7 +86,7 @@ class Lender:
         self._own_key = public_pem(identity.public_key())
         self._stages = Stages(folder, prepare(folder))
         self._ledger = folder.ledger()
-        self._masking = Masking(folder, self._ledger, identity)
+        self._masking = Masking(folder, self._ledger, identity, say)
         self._accepted: AcceptedJob | None = None
         self.job_id: str | None = None
 
@@ -159,9 +159,7 @@ class Lender:
             what = f"job {job.job_id} was accepted with aggregation secure; the rule is that {RULES['aggregation']}"
             raise ProtocolRefusalError("aggregation", what)
         work = self._stages.answer(question, job)
-        answer = answer_once(data, job, work, self._ledger, self._folder.journal)
-        self._say(f"job {job.job_id}: {work.stage} answered")
-        return answer
+        return answer_once(data, job, work, self._ledger, self._folder.journal, self._say)
 
     def _refuse(self, question: Message, error: FedfinError) -> Refused:
         write_refusal(self._folder.journal, question.job_id, type(question).__name__, error)

@@ -11,7 +11,7 @@ to the byte gets the same answer again, as long as its sum is held.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, TypeAlias
@@ -102,14 +102,22 @@ class _Held:
 class Masking:
     """The secure sums of one lender."""
 
-    def __init__(self, folder: LenderFolder, ledger: Ledger, identity: Ed25519PrivateKey) -> None:
+    def __init__(
+        self,
+        folder: LenderFolder,
+        ledger: Ledger,
+        identity: Ed25519PrivateKey,
+        say: Callable[[str], None],
+    ) -> None:
         """Prepare.
 
         Args:
             folder: The lender's.
             ledger: Its ledger.
             identity: Its enrolled identity key.
+            say: Prints a line for people.
         """
+        self._say = say
         self._folder = folder
         self._ledger = ledger
         self._identity = identity
@@ -219,7 +227,8 @@ class Masking:
         answer = encode(Masked(job.job_id, question.sum, packed))
         held.weights = work.weights
         self._log(job).release(context.stage, context.attempt, sharers, work.weights)
-        self._charge(work, held.job, answer)
+        self._charge(work, job, answer)
+        self._say(f"job {job.job_id}: {work.stage} answered, under masks")
         return answer
 
     def _confirm(self, question: Confirm, held: _Held) -> Confirmed:
@@ -292,7 +301,7 @@ class Masking:
     def _fail(self, work: Work[NDArray[np.uint32]], held: _Held, error: Exception) -> bytes:
         """Charge work that failed as if it had left; this lender is a drop-out of the sum."""
         held.participant.forget()
-        answer = encode(charged_failure(held.job, work.stage, error, self._folder.journal))
+        answer = encode(charged_failure(held.job, work.stage, error, self._folder.journal, self._say))
         self._charge(work, held.job, answer)
         return answer
 

@@ -9,6 +9,8 @@ from lenders import JOB, PLAN, lender_folder, open_lender, proposal, schema, tra
 from typer.testing import CliRunner
 
 from fedfin.cli import app
+from fedfin.client.folder import LenderFolder
+from fedfin.client.lender import Lender
 from fedfin.errors import DataError, LedgerError, LinkError
 from fedfin.plan import ModelPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy.ledger import Ledger
@@ -196,6 +198,41 @@ def test_work_that_fails_is_charged_like_work_that_succeeds_and_not_done_again(b
 def test_what_was_not_accepted_is_not_answered(bank):
     lender = open_lender(bank)
     assert "did not accept" in refusal(lender, BINS)
+
+
+def test_what_is_answered_or_fails_is_said_in_the_lenders_terminal(bank, monkeypatch):
+    said = []
+    lender = Lender(LenderFolder(bank), said.append)
+    lender.answer(proposal())
+    histogram = lender.answer(BINS)
+    assert said[-1] == f"job {JOB}: bins answered"
+
+    def fails(*_args, **_kwargs):
+        raise FloatingPointError("row 17")
+
+    monkeypatch.setattr("fedfin.client.stages.train_locally", fails)
+    lender.answer(train_request(histogram, 1))
+    assert said[-2] == f"job {JOB}: round 1 failed, and is charged all the same: row 17"
+
+
+def test_a_plan_that_contradicts_itself_is_refused_with_what_is_wrong(bank):
+    document = {**PLAN.model_dump(mode="json"), "privacy": {"mode": "shared"}}
+    text = json.dumps({**document, "training": {"local_steps": 1}})
+    reason = refusal(open_lender(bank), encode(Propose(JOB, text, schema().fingerprint())))
+    assert "privacy.mode is shared and aggregation is plain" in reason
+    assert commits(bank) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "7", '{"rounds": 3}', "[" * 100_000])
+def test_a_plan_that_does_not_parse_is_refused(bank, text):
+    reason = refusal(open_lender(bank), encode(Propose(JOB, text, schema().fingerprint())))
+    assert "the proposed plan does not" in reason
+    assert "same release" in reason
+
+
+def test_a_plain_job_with_a_roster_is_refused(bank):
+    question = Propose(JOB, PLAN.model_dump_json(), schema().fingerprint(), "{}")
+    assert "aggregation plain came with a roster" in refusal(open_lender(bank), encode(question))
 
 
 def test_another_plan_under_an_accepted_job_is_refused(bank):
