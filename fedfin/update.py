@@ -367,7 +367,7 @@ def _to_json(value: Any) -> Any:  # noqa: ANN401  (a field of a message, and JSO
 
 def _short_value(raw: Any, text: str, where: str) -> Any:  # noqa: ANN401  (parsed JSON, checked here)
     """Return bytes, bytes by name, or names, as the annotation `text` says."""
-    parts: dict[str, str]
+    parts: dict[str, Any]
     if text == "bytes" and isinstance(raw, str):
         parts = {"": raw}
     elif text == "dict[str, bytes]" and isinstance(raw, dict):

@@ -134,7 +134,6 @@ def borrower_epsilons(events: Sequence[Event], delta: float) -> tuple[float, flo
     return one, two, three
 
 
-@lru_cache(maxsize=8)  # pure, a tenth of a second, and asked at every stage
 def calibrate(plan: PrivacyPlan, *, sample_rate: float, num_steps: int) -> CalibratedNoise:
     """Return the least noise with which a job meets the plan's epsilon at its delta, by RDP.
 
@@ -156,22 +155,29 @@ def calibrate(plan: PrivacyPlan, *, sample_rate: float, num_steps: int) -> Calib
     if plan.mode != "local":
         msg = f"privacy.mode is {plan.mode}; there is no noise to calibrate: set it to local"
         raise PrivacyParameterError(msg)
+    return _calibrate(plan.epsilon, plan.delta, plan.bins_share, sample_rate, num_steps)
+
+
+@lru_cache(maxsize=8)  # pure, a tenth of a second, and asked at every stage
+def _calibrate(
+    epsilon: float, delta: float, bins_share: float, sample_rate: float, num_steps: int
+) -> CalibratedNoise:
     least, _ = GaussianEvent.noise_range(sample_rate)
     GaussianEvent(least, sample_rate, num_steps)  # refuses a rate or count without meaning
 
     def bins_epsilon(noise_multiplier: float) -> float:
-        return epsilon_rdp([GaussianEvent(noise_multiplier)], plan.delta)
+        return epsilon_rdp([GaussianEvent(noise_multiplier)], delta)
 
-    bins = _least_noise(bins_epsilon, plan.epsilon * plan.bins_share)
+    bins = _least_noise(bins_epsilon, epsilon * bins_share)
 
     def job_epsilon(noise_multiplier: float) -> float:
         noise = CalibratedNoise(bins, noise_multiplier)
-        return epsilon_rdp(job_events(noise, sample_rate, num_steps), plan.delta)
+        return epsilon_rdp(job_events(noise, sample_rate, num_steps), delta)
 
     # one unsampled release costs nothing to compute and has the size of the answer
-    start = _least_noise(bins_epsilon, plan.epsilon)
+    start = _least_noise(bins_epsilon, epsilon)
     start = max(0.5, start * sample_rate * math.sqrt(num_steps))
-    training = _least_noise(job_epsilon, plan.epsilon, start=start, sample_rate=sample_rate)
+    training = _least_noise(job_epsilon, epsilon, start=start, sample_rate=sample_rate)
     return CalibratedNoise(bins, training)
 
 
