@@ -341,7 +341,15 @@ class _View:
                     f"{event['lender']} enrolled after this job was proposed; it waits for the next one"
                 )
             case "evaluated":
-                self._line(f"judged on the held-out loans of {len(event['cohort'])} lenders")
+                auroc = event["figures"].get("auroc")
+                found = "noise hides the AUROC"
+                if auroc is not None:
+                    found = f"AUROC {auroc['value']:.3f}, ± {auroc['noise_error']:.3f} of noise"
+                self._line(f"judged on the held-out loans of {len(event['cohort'])} lenders: {found}")
+            case "evaluation_skipped":
+                self._line(
+                    f"evaluation {event['evaluation']} is left out: too few lenders take part", style="yellow"
+                )
             case _:
                 pass
 

@@ -35,6 +35,7 @@ from fedfin.server.founding import Federation, found
 from fedfin.server.supervisor import supervise
 from fedfin.simulation.arms import take_rows, train_pooled
 from fedfin.simulation.demo_job import demo_quorum
+from fedfin.simulation.evaluation_view import last_evaluation
 from fedfin.simulation.partition import DemoSplit, LenderRows, demo_loans, split_demo
 
 __all__ = ["ArmMetrics", "DemoResult", "LenderResult", "check_lenders", "demo_schema_text", "run_demo"]
@@ -68,7 +69,7 @@ class LenderResult:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What a demo showed; `epsilon` is None without privacy."""
+    """What a demo showed; `epsilon` is None without privacy, `evaluation` where too few lenders took part in it."""
 
     lenders: tuple[LenderResult, ...]
     plan: JobPlan
@@ -80,6 +81,7 @@ class DemoResult:
     run: Path
     rounds: tuple[Mapping[str, Any], ...]
     budget: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any] | None
 
     @property
     def epsilon(self) -> float | None:
@@ -106,6 +108,7 @@ class DemoResult:
                 }
                 for lender in self.lenders
             ],
+            "evaluation": self.evaluation,
             "rounds": self.plan.training.rounds,
             "aggregation": self.plan.aggregation,
             "mode": self.plan.privacy.mode,
@@ -395,7 +398,8 @@ def _result(houses: _Houses, split: DemoSplit, plan: JobPlan, seed: int, seconds
         directory=houses.directory,
         run=run,
         rounds=tuple(line for line in lines if line["event"] == "round_done"),
-        budget=snapshots[0] if snapshots else None,
+        budget=next((snapshot for snapshot in snapshots if not snapshot["held_out"]), None),
+        evaluation=last_evaluation(run),
     )
 
 

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that opens without a network, with two plots."""
+"""The demo's report: one HTML file that opens without a network, with its plots."""
 
 import io
 from importlib import resources
@@ -14,14 +14,17 @@ from matplotlib.figure import Figure
 from fedfin.client.costs import costs_of
 from fedfin.files import write_public
 from fedfin.privacy.accounting import borrower_epsilon
+from fedfin.simulation.evaluation_view import evaluation_view
 from fedfin.simulation.partition import RULE, demo_loans
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from matplotlib.axes import Axes
 
     from fedfin.simulation.demo import DemoResult, LenderResult
 
-__all__ = ["arms_plot", "gain_plot", "how_summed", "write_report"]
+__all__ = ["arms_plot", "calibration_plot", "gain_plot", "how_summed", "write_report"]
 
 # Two hues that colour-blind readers tell apart; the marks differ in shape as well.
 _ALONE: Final = "#c98a00"
@@ -48,6 +51,8 @@ def write_report(result: "DemoResult") -> Path:
         ConfigError: The folder cannot be written.
     """
     plots = {"arms": arms_plot(result), "gain": gain_plot(result)}
+    if result.evaluation is not None and result.evaluation["calibration"]:
+        plots["calibration"] = calibration_plot(result.evaluation)
     for name, figure in plots.items():
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
@@ -61,6 +66,8 @@ def write_report(result: "DemoResult") -> Path:
         summary=_summary(result),
         arms_plot=_svg(plots["arms"]),
         gain_plot=_svg(plots["gain"]),
+        calibration_plot=_svg(plots["calibration"]) if "calibration" in plots else None,
+        evaluation=None if result.evaluation is None else evaluation_view(result.evaluation),
         lenders=result.lenders,
         num_holdout=result.num_holdout,
         budget=result.budget,
@@ -133,6 +140,40 @@ def gain_plot(result: "DemoResult") -> Figure:
             )
         _rows(axes, lenders)
         axes.set_xlabel("gain in AUROC: federated minus alone")
+        return figure
+
+
+def calibration_plot(evaluation: "Mapping[str, Any]") -> Figure:
+    """Draw actual against predicted bad loans in tenths of the held-out loans, with what noise does to them.
+
+    Args:
+        evaluation: As it stands in metrics.json, with a calibration of one tenth at least.
+    """
+    tenths = evaluation["calibration"]
+    predicted = [tenth["predicted"] for tenth in tenths]
+    actual = [tenth["actual"]["value"] for tenth in tenths]
+    errors = [tenth["actual"]["noise_error"] for tenth in tenths]
+    largest = min(1.0, 1.1 * max(*predicted, *actual))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8.2, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(color="#e8ecf1", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.plot([0, largest], [0, largest], color=_GREY, linestyle="--", linewidth=1.2, label="calibrated")
+        axes.errorbar(
+            predicted,
+            actual,
+            yerr=[2 * error for error in errors] if max(errors) > 0 else None,
+            fmt="o-",
+            color=_FEDERATED,
+            markersize=7,
+            linewidth=1.6,
+            elinewidth=2.2,
+            label="federated" + (", ± 2 standard errors of the noise" if max(errors) > 0 else ""),
+        )
+        axes.set_xlabel("predicted share of bad loans")
+        axes.set_ylabel("actual share")
+        axes.legend(loc="upper left", frameon=False)
         return figure
 
 

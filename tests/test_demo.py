@@ -72,7 +72,14 @@ def test_the_demo_is_a_real_federation_and_ends_with_a_report(tmp_path):
     assert np.mean(gains) >= 0.02
     assert Path(document["run"], "model", "model.json").exists()
     report = (directory / "report.html").read_text()
-    assert report.count("<svg") == 2
+    assert report.count("<svg") == 3
+    judged = document["evaluation"]
+    assert judged["lenders"] == 8, "a loan that trains and is held out by chance keeps no lender from judging"
+    assert judged["figures"]["loans"]["value"] == pytest.approx(8 * 1336, abs=200)
+    exact = document["lenders"][0]["auc"]["federated"]
+    found = judged["figures"]["auroc"]
+    assert abs(found["value"] - exact) < 5 * found["noise_error"] + 0.002
+    assert json.loads(Path(document["run"], "metrics.json").read_text())["evaluations"] == [judged]
     assert not re.search(r"(src|href)=[\"']https?:", report), "the report must open offline"
     for name in [lender["name"] for lender in document["lenders"]]:
         assert name in report
