@@ -60,6 +60,7 @@ from fedfin.privacy.sum_context import SumContext, roster_digest, threshold_of
 CASES = ((10, 10_000), (10, 1_000_000), (10, 10_000_000), (30, 10_000), (30, 1_000_000), (100, 10_000))
 LARGEST = (100, 1_000_000)
 FLOWER = (10, 1_000_000)
+PARTIES = ("client", "server")
 FLOWER_CLIPPING, FLOWER_TARGET, FLOWER_MODULUS = 8.0, 2**22, 2**32
 IDENTITIES = {f"bank-{number:03}": Ed25519PrivateKey.generate() for number in range(100)}
 
@@ -353,9 +354,6 @@ def main() -> None:
     if not arguments.quick:
         figures["secagg.server.n100_m1e7.peak_mib"] = peak_memory_mib()
     print_document(document("secure_aggregation", figures, rows), as_json=arguments.json)
-
-
-PARTIES = ("client", "server")
 
 
 def _figures(case: Case, times: dict[str, list[float]]) -> dict[str, float]:

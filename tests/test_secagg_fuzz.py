@@ -1,7 +1,7 @@
 """Messages of any kind: what is not exactly right is refused by a rule, nothing else is raised, nothing hangs.
 
-Each test goes on for half a second or a few, or for FEDFIN_FUZZ_S seconds: `FEDFIN_FUZZ_S=100 pytest tests/test_secagg_fuzz.py
---timeout=0` for ten minutes in all.
+Each test goes on for a few times half a second, or FEDFIN_FUZZ_S seconds; for ten minutes in all:
+`FEDFIN_FUZZ_S=55 pytest tests/test_secagg_fuzz.py --timeout=0`.
 """
 
 import json
