@@ -200,9 +200,12 @@ class _Runner:
         following = None
         if after < self._plan.training.rounds:
             following = stages.upcoming_round(after + 1, model)
+        declined: set[str] = set()
         tries, until = 0, time.monotonic() + self._plan.cohort.round_deadline_s
         while True:
-            names = self._gathering.here(summing.bound_to(stage))
+            names = tuple(
+                name for name in self._gathering.here(summing.bound_to(stage)) if name not in declined
+            )
             if len(names) >= self._plan.cohort.min_lenders:
                 found = self._try(summing, stage, names, about, following)
                 if isinstance(found, SumLostError):
@@ -215,6 +218,7 @@ class _Runner:
                     )
                     return
                 tries += 1
+                declined |= found.refused
             if tries >= _EVALUATION_TRIES or time.monotonic() > until:
                 # No model waits for its figures: lenders that declined, or went away, will not come back for them.
                 self._say({"event": "evaluation_skipped", **about, "lenders": list(names)})
@@ -224,40 +228,44 @@ class _Runner:
     def _sum(
         self, summing: Summing, stage: Stage, about: Mapping[str, Any], *, following: Upcoming | None = None
     ) -> CohortSums | None:
-        """Ask for a stage until it has a sum; None where it is used up without one. The bins are asked for again.
+        """Ask for a stage until it has a sum; None where it is used up without one.
+
+        A lender that refuses it again and again is left out of it.
 
         Raises:
             QuorumError: So many lenders refuse it again and again that the quorum cannot be met.
         """
         refusals: Counter[str] = Counter()
+        reasons: dict[str, str] = {}
         while True:
             bound = summing.bound_to(stage)
             if bound is None:
                 names = self._gathering.quorum()
             else:
                 names = self._gathering.exactly(bound, f"an earlier sum like {stage.name} was lost")
-            found = self._try(summing, stage, names, about, following)
+            willing = tuple(name for name in names if refusals[name] < _MOST_REFUSALS)
+            if bound is not None and willing != names:
+                willing = ()  # nobody else may take their place
+            if len(willing) < self._plan.cohort.min_lenders:
+                raise self._unwilling(stage, refusals, reasons)
+            found = self._try(summing, stage, willing, about, following)
             if isinstance(found, CohortSums):
                 return found
-            if isinstance(found, SumLostError) and stage.name != "bins":
+            if isinstance(found, SumLostError):
                 return None
-            if isinstance(found, SumShortError):
-                refusals.update(found.refused)
-                self._require_willing(stage, names, refusals, found.missing)
+            refusals.update(found.refused)
+            reasons |= found.missing
             time.sleep(WAIT_S)
 
-    def _require_willing(
-        self, stage: Stage, names: Sequence[str], refusals: Counter[str], reasons: Mapping[str, str]
-    ) -> None:
-        unwilling = [name for name in names if refusals[name] >= _MOST_REFUSALS]
-        if len(names) - len(unwilling) >= self._plan.cohort.min_lenders:
-            return
+    @staticmethod
+    def _unwilling(stage: Stage, refusals: Counter[str], reasons: Mapping[str, str]) -> QuorumError:
+        unwilling = sorted(name for name, times in refusals.items() if times >= _MOST_REFUSALS)
         why = "; ".join(f"{name}: {reasons.get(name, 'it refused')}" for name in unwilling)
         msg = (
             f"too many lenders refuse {stage.name} each time they are asked ({why}); their logs name the rule. Mend it"
             " with them, then start again"
         )
-        raise QuorumError(msg)
+        return QuorumError(msg)
 
     def _try(
         self,
