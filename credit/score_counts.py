@@ -8,7 +8,7 @@ The score is cut evenly in the arcsine of the root of the probability, in which 
 well from as many loans (Anscombe, "The transformation of Poisson, binomial and negative-binomial data", Biometrika 35,
 1948): the cells are 2% wide at a probability of 20% and .5% at 1%. Cells of equal probability lose .08 of the AUROC
 where one loan in a hundred is bad, because nearly all loans share the first two; cells of equal log odds are often
-empty, and noise in them costs up to half as much again (docs/decisions/0017-evaluation-in-counts.md).
+empty, and noise in them costs a quarter to a third more (docs/decisions/0017-evaluation-in-counts.md).
 """
 
 from dataclasses import dataclass
