@@ -26,7 +26,10 @@ from fedfin.files import write_public
 __all__ = ["NEARLY_EQUAL", "Released", "SumLog"]
 
 NEARLY_EQUAL: Final = 1e-5
-"""Models are as good as equal up to this relative distance: the difference of weights over the larger norm, L2."""
+"""Models are as good as equal up to this distance: the difference of weights over the larger norm, or over 1, L2.
+
+Over 1 at least: a job starts from weights of zero, and beside those a weight of 1e-30 is as far away as any.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,8 @@ class SumLog:
     def alike(self, stage: str, weights: NDArray[np.float32]) -> tuple[Released, ...]:
         """Return what left in answer to this question or one nearly equal to it; for the bins, to the same one.
 
-        Stages of one kind are compared: an update and a score histogram of one model have nothing in common.
+        Stages of one kind are compared: an update and a score histogram of one model have nothing in common. A model
+        of another size is taken for a nearly equal one: one more bin, without loans, makes no other model.
 
         Args:
             stage: Of the question.
@@ -120,15 +124,16 @@ class SumLog:
             released
             for released in self._released.values()
             if released.stage.split(maxsplit=1)[0] == kind
-            and released.size == weights.size
-            # norms are no further apart than weights: most files need no reading
-            and abs(released.norm - norm) <= 1.001 * NEARLY_EQUAL * max(released.norm, norm)
-            and self._is_near(released, weights, norm)
+            and (released.size != weights.size or self._is_near(released, weights, norm))
         )
 
     def _is_near(self, released: Released, weights: NDArray[np.float32], norm: float) -> bool:
         if not released.size:
             return True
+        nearly = NEARLY_EQUAL * max(released.norm, norm, 1.0)
+        # norms are no further apart than weights: most files need no reading
+        if abs(released.norm - norm) > 1.001 * nearly:
+            return False
         path = self._weights_path(released.stage, released.attempt)
         try:
             before = np.fromfile(path, dtype="<f4")
@@ -137,7 +142,7 @@ class SumLog:
         if before.shape != weights.shape:
             raise self._damaged(f"{path.name} was cut")
         distance = float(np.linalg.norm(before.astype(np.float64) - weights))
-        return distance <= NEARLY_EQUAL * max(released.norm, norm)
+        return distance <= nearly
 
     def _take(self, line: dict[str, Any]) -> None:
         key = (str(line["stage"]), int(line["attempt"]))

@@ -13,6 +13,8 @@ from secure_lenders import JOB, NAMES, Cohort, refusal_of, secure_plan, write_fo
 
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
+from fedfin.credit.binning import Bins
+from fedfin.credit.models import architecture_of
 from fedfin.privacy.ledger import Ledger
 from fedfin.privacy.participant import Participant
 from fedfin.strategies.sums import blurred_weight
@@ -372,6 +374,25 @@ def test_an_answered_model_is_answered_again_for_the_identical_cohort_only(tmp_p
     same = job.start(job.train_question(2, model, near))
     same.whole()
     assert same.refused == {}
+
+
+@pytest.mark.parametrize("how", ["a bin without loans", "a hair from zero"])
+def test_a_model_that_only_looks_like_another_one_is_not_answered_for_another_cohort(tmp_path, how):
+    job = cohort(tmp_path, "none")
+    bins, arch = counted_model(job)
+    first = job.train_question(1, (bins, arch))
+    assert not first.weights.any()
+    lost(job, first)
+    if how == "a bin without loans":
+        (name, edges), *others = bins.edges
+        wider = Bins(((name, (*edges[:-1], 1e9, 2e9)), *others))
+        second = job.train_question(2, (wider, architecture_of(job.plan.model, job.schema, wider)))
+        assert second.weights.size == first.weights.size + 1
+    else:
+        second = job.train_question(2, (bins, arch), first.weights + np.float32(1e-30))
+    other = lost(job, second, WITHOUT_LAST)
+    assert last_reasons(other) == {"differencing"}
+    assert set(other.refused) == set(WITHOUT_LAST)
 
 
 def test_an_ordinary_drop_out_between_ordinary_rounds_stops_nothing(tmp_path):
