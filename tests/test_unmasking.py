@@ -531,7 +531,7 @@ def test_a_coordinator_may_be_killed_at_every_single_step(tmp_path):
         if not delivered:
             assert_resumed_soundly(house, plan)
         house.close()
-    assert step > 100
+    assert step > 80
 
 
 def test_a_killed_coordinators_lost_sum_is_used_up_and_known_from_its_store(house):
