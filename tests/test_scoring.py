@@ -16,7 +16,6 @@ from lenders import JOB, PLAN, lender_folder, open_lender, proposal, train_reque
 from typer.testing import CliRunner
 
 from fedfin.cli import app
-from fedfin.client import lender as lender_module
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
 from fedfin.client.scoring import (
@@ -440,7 +439,7 @@ def test_evaluations_without_a_noise_are_refused_before_anything_is_reserved(ban
         raise PrivacyParameterError(msg)
 
     lender = open_lender(bank)
-    monkeypatch.setattr(lender_module, "event_of_evaluation", no_noise)
+    monkeypatch.setattr("fedfin.client.scoring.evaluation_event", no_noise)
     decode(lender.answer(proposal(JUDGED)), Refused)
     assert entries(bank) == []
     lender.close()
