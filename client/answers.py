@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fedfin.audit.journal import Journal
 from fedfin.client.accepted import AcceptedJob
 from fedfin.client.refusing import WORK_FAILED
-from fedfin.client.stages import Work
+from fedfin.client.work import Work
 from fedfin.errors import LedgerError, PolicyRefusalError
 from fedfin.privacy.ledger import Ledger
 from fedfin.update import Message, Refused, encode

@@ -9,37 +9,31 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from pydantic import ValidationError
-
 from fedfin.client.accepted import AcceptedJob, require_accepted
+from fedfin.client.accepting import accept_job, check_proposal, parse_plan
 from fedfin.client.answers import answer_once
 from fedfin.client.evaluation import EVALUATION_FILE, evaluate, give_up
 from fedfin.client.folder import LenderFolder
-from fedfin.client.masking import RULES, Masking
-from fedfin.client.pinning import accept_roster
-from fedfin.client.policy import check_plan
+from fedfin.client.masking import Masking
 from fedfin.client.preparation import PreparedLoans, prepare
 from fedfin.client.refusing import reason_for, write_refusal
-from fedfin.client.scoring import event_of_evaluation, reserve_evaluations
-from fedfin.client.stages import Question, Stages
+from fedfin.client.stages import Stages
+from fedfin.client.sum_rules import refusal
+from fedfin.client.work import Question
 from fedfin.credit.drift import Reference
 from fedfin.credit.export import ReleasedModel, load_model, model_digest, save_model
 from fedfin.errors import (
-    BudgetSpentError,
     ConfigError,
     DataError,
     FedfinError,
     LinkError,
     PolicyRefusalError,
-    ProtocolRefusalError,
     SchemaMismatchError,
     TrainingError,
 )
 from fedfin.files import write_public
 from fedfin.identity import public_pem
-from fedfin.plan import JobPlan
 from fedfin.privacy.evaluation_noise import evaluation_job
-from fedfin.strategies.strategy import lender_weight
 from fedfin.update import (
     Accepted,
     AskHistogram,
@@ -63,6 +57,7 @@ __all__ = ["Lender"]
 
 # a folder and a line of the log on any machine
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,79}")
+_ENDS: Final = ("completed", "abandoned")
 _QUESTIONS: Final[tuple[type[Message], ...]] = (
     *(Propose, AskHistogram, Train, Evaluate, Finish),
     *(Open, ShareKeys, Mask, Confirm, Unmask),
@@ -156,8 +151,7 @@ class Lender:
     def _in_clear(self, question: Question, data: bytes) -> bytes:
         job = self._job(question.job_id)
         if job.roster is not None:
-            what = f"job {job.job_id} was accepted with aggregation secure; the rule is that {RULES['aggregation']}"
-            raise ProtocolRefusalError("aggregation", what)
+            raise refusal("aggregation", f"job {job.job_id} was accepted with aggregation secure")
         work = self._stages.answer(question, job)
         return answer_once(data, job, work, self._ledger, self._folder.journal, self._say)
 
@@ -167,7 +161,7 @@ class Lender:
         return Refused(question.job_id, reason_for(error))
 
     def _propose(self, question: Propose) -> Accepted:
-        plan = _parse_plan(question.plan)
+        plan = parse_plan(question.plan)
         if question.schema_fingerprint != self.loans.schema.fingerprint():
             msg = (
                 "the coordinator's schema is not the one this lender enrolled with; compare schema.yaml at both sides,"
@@ -177,7 +171,12 @@ class Lender:
         job = self._folder.job(question.job_id)
         accepted = job.accepted()
         if accepted is None:
-            self._accept(question, plan)
+            num_members = check_proposal(question, plan, self._folder, self._own_key)
+            self._stages = Stages(
+                self._folder, prepare(self._folder)
+            )  # a new job takes the table as it is now
+            self._accepted = None
+            accept_job(question, plan, num_members, self._folder, self._stages, self._ledger, self._say)
             accepted = job.accepted() or {}
         elif job.is_over():
             msg = f"job {question.job_id} is over at this lender; start a new job"
@@ -186,92 +185,10 @@ class Lender:
             msg = f"job {question.job_id} was accepted with another plan; a changed plan needs a new job"
             raise PolicyRefusalError(msg)
         elif accepted.get("roster", "") != question.roster:
-            what = (
-                f"job {question.job_id} was accepted with another roster; newcomers enter with the next job"
-            )
-            raise ProtocolRefusalError("roster_changed", what)
+            what = f"job {question.job_id} was accepted with another; newcomers enter with the next job"
+            raise refusal("roster_changed", what)
         self.job_id = question.job_id
         return Accepted(question.job_id, float(accepted["weight"]))
-
-    def _accept(self, question: Propose, plan: JobPlan) -> None:
-        """Take a new job: within the policy, with its whole cost reserved, durably."""
-        policy, job_id = self._folder.config.policy, question.job_id
-        check_plan(plan, policy)
-        num_members = self._members_of(question, plan)
-        self._stages = Stages(self._folder, prepare(self._folder))  # a new job takes the table as it is now
-        self._accepted = None
-        snapshot = self.loans.snapshot
-        # in a secure sum the weight leaves in no message, but in the sum
-        weight = 0.0
-        if plan.aggregation == "plain":
-            weight = lender_weight(len(self.loans.train), plan.training)
-        if plan.privacy.mode != "none":
-            if plan.evaluation.times:
-                # where it has no noise, the job is refused before anything of it is reserved
-                event_of_evaluation(plan, self.loans.schema, num_members)
-            self._ledger.reserve(
-                job_id,
-                snapshot,
-                self._stages.costs(plan, num_members).whole,
-                delta=plan.privacy.delta,
-                epsilon_limit=policy.epsilon_limit,
-                max_delta=policy.max_delta,
-            )
-        # After the reservation: killed in between, the same proposal reserves the same thing again.
-        self._folder.job(job_id).accept(
-            job=job_id,
-            plan=question.plan,
-            plan_digest=plan.digest(),
-            snapshot=snapshot.digest,
-            counted=self._reserve_evaluations(job_id, plan, num_members),
-            roster=question.roster,
-            weight=weight,
-        )
-        self._folder.journal.write(
-            "job_accepted",
-            job=job_id,
-            plan=plan.digest(),
-            aggregation=plan.aggregation,
-            mode=plan.privacy.mode,
-            epsilon=None if plan.privacy.mode == "none" else plan.privacy.epsilon,
-            weight=weight,
-            snapshot=snapshot.digest,
-        )
-        self._say(
-            f"accepted job {job_id} ({plan.model.kind}, {plan.training.rounds} rounds, {_privacy(plan)})"
-        )
-
-    def _members_of(self, question: Propose, plan: JobPlan) -> int:
-        """Return the roster's size, of a roster that this lender goes by; 0 for plain aggregation."""
-        if plan.aggregation == "plain":
-            if question.roster:
-                msg = "a job of aggregation plain came with a roster; both sides must run the same release"
-                raise LinkError(msg)
-            return 0
-        roster = accept_roster(self._folder, question.roster, self._own_key)
-        if len(roster.keys) < plan.cohort.min_lenders:
-            msg = (
-                f"the roster has {len(roster.keys)} members, and cohort.min_lenders is {plan.cohort.min_lenders}; wait"
-                " for more to join"
-            )
-            raise PolicyRefusalError(msg)
-        return len(roster.keys)
-
-    def _reserve_evaluations(self, job_id: str, plan: JobPlan, num_members: int) -> str:
-        """Reserve the job's evaluations; return the digest of the loans they count, or "" where there are none.
-
-        A lender that cannot evaluate trains all the same.
-        """
-        if not plan.evaluation.times:
-            return ""
-        policy = self._folder.config.policy
-        try:
-            counted = reserve_evaluations(self._ledger, job_id, plan, self.loans, policy, num_members)
-        except (BudgetSpentError, DataError) as error:
-            self._folder.journal.write("evaluations_declined", job=job_id, reason=str(error))
-            self._say(f"job {job_id}: this lender trains, and takes no part in the evaluations: {error}")
-            return ""
-        return counted.snapshot.digest
 
     def _job(self, job_id: str) -> AcceptedJob:
         """Return an open job of these loans; read once, since a secure round asks three times."""
@@ -283,8 +200,14 @@ class Lender:
         job = self._folder.job(question.job_id)
         if job.accepted() is None:
             return Done(question.job_id)
+        if question.status not in _ENDS:
+            msg = f"job {question.job_id} cannot end as {question.status[:80]!r}; both sides must run the same release"
+            raise LinkError(msg)
         if question.status == "completed" and not self._has_model_of(question.job_id):
             plan = require_accepted(self._folder, question.job_id, None).plan
+            if not 0 <= question.rounds <= plan.training.rounds:
+                msg = f"a model of {question.rounds} rounds is not one of the plan's {plan.training.rounds}"
+                raise PolicyRefusalError(msg)
             bins, _ = self._stages.model_of(question, plan)
             model = ReleasedModel(
                 job_id=question.job_id,
@@ -318,23 +241,3 @@ class Lender:
             if json.loads(path.read_text(encoding="utf-8"))["job"] == job_id:
                 return True
         return False
-
-
-def _parse_plan(text: str) -> JobPlan:
-    try:
-        return JobPlan.model_validate(json.loads(text))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
-        msg = f"the proposed plan does not hold: {what}. Both sides must run the same release of fedfin"
-        raise LinkError(msg) from error
-    except (ValueError, RecursionError) as error:
-        msg = "the proposed plan does not parse; both sides must run the same release of fedfin"
-        raise LinkError(msg) from error
-
-
-def _privacy(plan: JobPlan) -> str:
-    if plan.privacy.mode == "none":
-        return "no privacy"
-    return f"epsilon {plan.privacy.epsilon:g} at delta {plan.privacy.delta:g}"

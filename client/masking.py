@@ -11,9 +11,8 @@ to the byte gets the same answer again, as long as its sum is held.
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -24,9 +23,11 @@ from fedfin.client.accepted import AcceptedJob
 from fedfin.client.answers import charged_failure
 from fedfin.client.folder import LenderFolder
 from fedfin.client.refusing import write_refusal
-from fedfin.client.stages import Question, Stages, Work, account_of, stage_of
+from fedfin.client.stages import Stages
 from fedfin.client.sum_log import SumLog
-from fedfin.errors import FedfinError, LinkError, ProtocolRefusalError
+from fedfin.client.sum_rules import refusal
+from fedfin.client.work import Question, Work, account_of, stage_of
+from fedfin.errors import FedfinError, LinkError
 from fedfin.privacy.encoding import pack
 from fedfin.privacy.ledger import Ledger
 from fedfin.privacy.participant import Participant
@@ -50,28 +51,10 @@ from fedfin.update import (
     encode,
 )
 
-__all__ = ["RULES", "Masking", "SumQuestion"]
+__all__ = ["Masking", "SumQuestion"]
 
 SumQuestion: TypeAlias = Open | ShareKeys | Mask | Confirm | Unmask
 """The coordinator's part of the five exchanges."""
-
-RULES: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "roster_changed": "a lender goes by the roster it pinned until its engineer approves another",
-        "aggregation": "a job of secure sums answers in sums only, a job in clear in clear only",
-        "other_job": "a sum is of this federation, of the accepted job and of its plan",
-        "stage": "a sum is of a stage that the accepted plan has and this lender takes part in",
-        "attempt": "each attempt at a stage is opened once",
-        "charged": "what left in a private job was charged, and is not made a second time",
-        "unknown_sum": "a lender that holds nothing of a sum declines the rest of it",
-        "question": "the question is of the sum's job and stage",
-        "layout": "the vector is laid out as plan, schema, model and cohort say",
-        "planned_noise": "in mode shared no more lenders are lost than the noise was planned for",
-        "one_model": "a stage is answered for one model",
-        "differencing": "a model that was answered is answered again for the identical cohort only",
-    }
-)
-"""What this lender asks beyond `privacy.sum_rules`, by the name that a refusal carries."""
 
 _QUESTIONS: Final[tuple[type[Question], ...]] = (AskHistogram, Train, Evaluate)
 _MOST_HELD: Final = 2
@@ -134,12 +117,12 @@ class Masking:
             stages: Computes what is summed.
 
         Raises:
-            ProtocolRefusalError: It breaks a rule of `RULES` or `privacy.sum_rules`: this lender answers nothing of
-                that sum any more, and nothing was revealed.
+            ProtocolRefusalError: It breaks a rule of `client.sum_rules` or `privacy.sum_rules`: this lender answers
+                nothing of that sum any more, and nothing was revealed.
             FedfinError: Anything else that keeps it from answering, likewise.
         """
         if job.roster is None:
-            raise _refusal("aggregation", f"job {job.job_id} was accepted with aggregation plain")
+            raise refusal("aggregation", f"job {job.job_id} was accepted with aggregation plain")
         if isinstance(question, Open):
             return encode(Advertised(job.job_id, *self._open(question.context, job)))
         held = self._held.get(question.sum)
@@ -148,7 +131,7 @@ class Masking:
                 f"nothing is held here of the sum {question.sum[:12]!r}: this lender was restarted since, refused it,"
                 " or it is over"
             )
-            raise _refusal("unknown_sum", what)
+            raise refusal("unknown_sum", what)
         asked = hashlib.sha256(data).digest()
         before = held.answered.get(type(question))
         if before is not None and before[0] == asked:
@@ -208,13 +191,13 @@ class Masking:
         work = stages.summand(_question_in(asked, context), job, context.num_lenders)
         layout = work.layout
         if layout is None or layout.digest() != context.layout:
-            raise _refusal("layout", f"the vector of {context.stage} would be laid out otherwise here")
+            raise refusal("layout", f"the vector of {context.stage} would be laid out otherwise here")
         sharers = held.participant.receive(question.sealed, asked)
         if len(sharers) < held.min_survivors:
             what = (
                 f"{len(sharers)} lenders shared, and the noise was planned for {held.min_survivors} at least"
             )
-            raise _refusal("planned_noise", what)
+            raise refusal("planned_noise", what)
         self._require_no_difference(context.stage, work, sharers, self._log(job))
         try:
             values = work.run()
@@ -238,7 +221,7 @@ class Masking:
             is_other = (earlier.stage, earlier.attempt) != (stage, attempt)
             if is_other and earlier.survivors not in {None, survivors}:
                 what = f"{earlier.stage}, of (nearly) the same model, was confirmed with other survivors than {stage}"
-                raise _refusal("differencing", what)
+                raise refusal("differencing", what)
         signature = held.participant.confirm(question.survivors, held.min_survivors)
         log.confirm(stage, attempt, survivors)
         advert = b""
@@ -266,20 +249,20 @@ class Masking:
     def _check_context(self, context: SumContext, job: AcceptedJob) -> None:
         named = (context.federation, context.job_id, context.plan)
         if named != (self._folder.config.federation, job.job_id, job.plan.digest()):
-            raise _refusal("other_job", "the sum's context names another federation, job or plan")
+            raise refusal("other_job", "the sum's context names another federation, job or plan")
         kind, _, number = context.stage.partition(" ")
         last = {"round": job.plan.training.rounds, "evaluation": job.plan.evaluation.times}.get(kind, 0)
         if context.stage != "bins" and number not in map(str, range(1, last + 1)):
-            raise _refusal("stage", f"{context.stage} is no stage of the plan")
+            raise refusal("stage", f"{context.stage} is no stage of the plan")
         if kind == "evaluation" and not job.counted:
-            raise _refusal("stage", "this lender takes no part in the job's evaluations")
+            raise refusal("stage", "this lender takes no part in the job's evaluations")
         if self._log(job).was_opened(context.stage, context.attempt):
-            raise _refusal("attempt", f"attempt {context.attempt} at {context.stage} was opened before")
+            raise refusal("attempt", f"attempt {context.attempt} at {context.stage} was opened before")
         self._require_uncharged(context.stage, job)
 
     def _require_uncharged(self, stage: str, job: AcceptedJob) -> None:
         if job.is_private and self._ledger.committed(account_of(job.job_id, stage), stage) is not None:
-            raise _refusal("charged", f"{stage} of job {job.job_id} has left and was charged")
+            raise refusal("charged", f"{stage} of job {job.job_id} has left and was charged")
 
     @staticmethod
     def _require_no_difference(
@@ -287,14 +270,14 @@ class Masking:
     ) -> None:
         alike = log.alike(stage, work.weights)
         if any(earlier.stage == stage and earlier not in alike for earlier in log.released):
-            raise _refusal("one_model", f"{stage} was answered for another model already")
+            raise refusal("one_model", f"{stage} was answered for another model already")
         for earlier in alike:
             if earlier.sharers != sharers:
                 what = (
                     f"the question of {stage} is (nearly) that of {earlier.stage}, which was answered for a cohort of"
                     f" {len(earlier.sharers)}; this one of {len(sharers)} is another"
                 )
-                raise _refusal("differencing", what)
+                raise refusal("differencing", what)
 
     # What leaves
 
@@ -327,13 +310,9 @@ def _question_in(data: bytes, context: SumContext) -> Question:
     try:
         question: Question = decode(data, *_QUESTIONS)
     except LinkError as error:
-        raise _refusal("question", f"what {context.stage} is to answer does not parse ({error})") from error
+        raise refusal("question", f"what {context.stage} is to answer does not parse ({error})") from error
     stage = stage_of(question)
     if question.job_id != context.job_id or stage != context.stage:
         what = f"a sum of {context.stage} came with the question of {stage}, or of another job"
-        raise _refusal("question", what)
+        raise refusal("question", what)
     return question
-
-
-def _refusal(rule: str, what: str) -> ProtocolRefusalError:
-    return ProtocolRefusalError(rule, f"{what}; the rule is that {RULES[rule]}")

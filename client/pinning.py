@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedfin.client.folder import LenderFolder
+from fedfin.client.sum_rules import refusal
 from fedfin.errors import ConfigError, LinkError, ProtocolRefusalError
 from fedfin.files import write_public
 from fedfin.roster import Roster
@@ -94,7 +95,7 @@ def accept_roster(folder: LenderFolder, text: str, own_key: str) -> Roster:
             f"the coordinator's roster of {len(stated.keys)} members is not the one this lender pinned; its engineer"
             " looks at the change and approves it with `fedfin client approve-roster`"
         )
-        raise ProtocolRefusalError("roster_changed", what)
+        raise refusal("roster_changed", what)
     else:
         folder.proposed_roster_path.unlink(missing_ok=True)  # what waited is not stated any more
     return stated

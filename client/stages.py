@@ -8,8 +8,7 @@ any in mode none. In mode shared it is a clipped sum, to which the share of the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +26,7 @@ from fedfin.client.scoring import (
     scheme_of_evaluation,
 )
 from fedfin.client.training import LocalPrivacy, clipped_gradient, train_locally
+from fedfin.client.work import Question, ResultT, Work, account_of, stage_of
 from fedfin.credit.binning import Bins, encode, histogram_sensitivity, histogram_size
 from fedfin.credit.drift import num_cells
 from fedfin.credit.models import (
@@ -41,7 +41,6 @@ from fedfin.credit.score_counts import evaluation_cells
 from fedfin.errors import PolicyRefusalError, SchemaMismatchError
 from fedfin.plan import JobPlan
 from fedfin.privacy.encoding import Layout
-from fedfin.privacy.evaluation_noise import evaluation_job
 from fedfin.privacy.events import Event
 from fedfin.privacy.noise import SecureNoise
 from fedfin.privacy.shared_events import shared_event
@@ -59,51 +58,9 @@ from fedfin.strategies.sums import (
 )
 from fedfin.update import AskHistogram, Evaluate, Finish, Histogram, Message, Scores, Train, Update
 
-__all__ = ["Question", "Stages", "Work", "account_of", "stage_of"]
-
-Question: TypeAlias = AskHistogram | Train | Evaluate
-"""What a stage answers."""
-
-ResultT = TypeVar("ResultT")
+__all__ = ["Stages"]
 
 _Model: TypeAlias = tuple[Bins, Architecture]
-
-
-@dataclass(frozen=True, slots=True)
-class Work(Generic[ResultT]):
-    """One stage, known before a loan is looked at.
-
-    Attributes:
-        stage: `bins`, `round 3`, `evaluation 1`.
-        run: Looks at the loans and returns what may leave: an answer, or a vector for a sum.
-        events: What it is charged; none without privacy.
-        charged_to: The job in the ledger that reserved it.
-        weights: The question's, shape (d,); none for the bins.
-        layout: The vector's; None for an answer that is seen by itself.
-    """
-
-    stage: str
-    run: Callable[[], ResultT]
-    events: tuple[Event, ...]
-    charged_to: str
-    weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)
-    layout: Layout | None = None
-
-
-def stage_of(question: Question) -> str:
-    """Return the stage that a question is about."""
-    match question:
-        case AskHistogram():
-            return "bins"
-        case Train():
-            return f"round {question.round}"
-        case Evaluate():
-            return f"evaluation {question.number}"
-
-
-def account_of(job_id: str, stage: str) -> str:
-    """Return the job in the ledger that a stage is charged to: evaluations have a reservation of their own."""
-    return evaluation_job(job_id) if stage.startswith("evaluation ") else job_id
 
 
 class Stages:

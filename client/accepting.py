@@ -1,0 +1,162 @@
+"""How a lender accepts a job: within its policy, with a roster it goes by, and with the whole cost reserved."""
+
+import json
+from collections.abc import Callable
+
+from pydantic import ValidationError
+
+from fedfin.client.folder import LenderFolder
+from fedfin.client.pinning import accept_roster
+from fedfin.client.policy import check_plan
+from fedfin.client.scoring import event_of_evaluation, reserve_evaluations
+from fedfin.client.stages import Stages
+from fedfin.errors import BudgetSpentError, DataError, LinkError, PolicyRefusalError
+from fedfin.plan import JobPlan
+from fedfin.privacy.ledger import Ledger
+from fedfin.strategies.strategy import lender_weight
+from fedfin.update import Propose
+
+__all__ = ["accept_job", "check_proposal", "parse_plan"]
+
+
+def parse_plan(text: str) -> JobPlan:
+    """Return the plan of a proposal.
+
+    Raises:
+        LinkError: The text does not parse, or the plan contradicts itself; says how.
+    """
+    try:
+        return JobPlan.model_validate(json.loads(text))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        what = f"{where}: {first['msg']}" if where else first["msg"].removeprefix("Value error, ")
+        msg = f"the proposed plan does not hold: {what}. Both sides must run the same release of fedfin"
+        raise LinkError(msg) from error
+    except (ValueError, RecursionError) as error:
+        msg = "the proposed plan does not parse; both sides must run the same release of fedfin"
+        raise LinkError(msg) from error
+
+
+def check_proposal(question: Propose, plan: JobPlan, folder: LenderFolder, own_key: str) -> int:
+    """Hold a new job against the policy and the pinned roster; return the roster's members, 0 for plain aggregation.
+
+    Args:
+        question: The proposal.
+        plan: Its plan.
+        folder: The lender's.
+        own_key: This lender's public identity key, PEM.
+
+    Raises:
+        PolicyRefusalError: The policy does not allow the plan, or the roster is smaller than its quorum.
+        ProtocolRefusalError: This lender does not go by the roster; see `accept_roster`.
+        LinkError: The roster does not parse, or came with a plan of plain aggregation.
+    """
+    check_plan(plan, folder.config.policy)
+    if plan.aggregation == "plain":
+        if question.roster:
+            msg = "a job of aggregation plain came with a roster; both sides must run the same release"
+            raise LinkError(msg)
+        return 0
+    roster = accept_roster(folder, question.roster, own_key)
+    if len(roster.keys) < plan.cohort.min_lenders:
+        msg = (
+            f"the roster has {len(roster.keys)} members, and cohort.min_lenders is {plan.cohort.min_lenders}; wait for"
+            " more to join"
+        )
+        raise PolicyRefusalError(msg)
+    return len(roster.keys)
+
+
+def accept_job(
+    question: Propose,
+    plan: JobPlan,
+    num_members: int,
+    folder: LenderFolder,
+    stages: Stages,
+    ledger: Ledger,
+    say: Callable[[str], None],
+) -> None:
+    """Reserve a new job's whole cost and keep what was agreed to, durably.
+
+    Args:
+        question: The proposal, checked.
+        plan: Its plan.
+        num_members: Members of its roster.
+        folder: The lender's.
+        stages: Of the loans as they are now.
+        ledger: The lender's.
+        say: Prints a line for people.
+
+    Raises:
+        BudgetSpentError: The training loans' budget does not allow the job.
+        PrivacyParameterError: No noise meets the plan.
+        LedgerError: Nothing can be recorded.
+        ConfigError: What was agreed to cannot be kept.
+    """
+    policy, loans, job_id = folder.config.policy, stages.loans, question.job_id
+    # in a secure sum the weight leaves in no message, but in the sum
+    weight = lender_weight(len(loans.train), plan.training) if plan.aggregation == "plain" else 0.0
+    if plan.privacy.mode != "none":
+        if plan.evaluation.times:
+            # where it has no noise, the job is refused before anything of it is reserved
+            event_of_evaluation(plan, loans.schema, num_members)
+        ledger.reserve(
+            job_id,
+            loans.snapshot,
+            stages.costs(plan, num_members).whole,
+            delta=plan.privacy.delta,
+            epsilon_limit=policy.epsilon_limit,
+            max_delta=policy.max_delta,
+        )
+    # After the reservation: killed in between, the same proposal reserves the same thing again.
+    folder.job(job_id).accept(
+        job=job_id,
+        plan=question.plan,
+        plan_digest=plan.digest(),
+        snapshot=loans.snapshot.digest,
+        counted=_reserve_evaluations(job_id, plan, num_members, folder, stages, ledger, say),
+        roster=question.roster,
+        weight=weight,
+    )
+    folder.journal.write(
+        "job_accepted",
+        job=job_id,
+        plan=plan.digest(),
+        aggregation=plan.aggregation,
+        mode=plan.privacy.mode,
+        epsilon=None if plan.privacy.mode == "none" else plan.privacy.epsilon,
+        weight=weight,
+        snapshot=loans.snapshot.digest,
+    )
+    say(f"accepted job {job_id} ({plan.model.kind}, {plan.training.rounds} rounds, {_privacy(plan)})")
+
+
+def _reserve_evaluations(
+    job_id: str,
+    plan: JobPlan,
+    num_members: int,
+    folder: LenderFolder,
+    stages: Stages,
+    ledger: Ledger,
+    say: Callable[[str], None],
+) -> str:
+    """Reserve the job's evaluations; return the digest of the loans they count, or "" where there are none.
+
+    A lender that cannot evaluate trains all the same.
+    """
+    if not plan.evaluation.times:
+        return ""
+    try:
+        counted = reserve_evaluations(ledger, job_id, plan, stages.loans, folder.config.policy, num_members)
+    except (BudgetSpentError, DataError) as error:
+        folder.journal.write("evaluations_declined", job=job_id, reason=str(error))
+        say(f"job {job_id}: this lender trains, and takes no part in the evaluations: {error}")
+        return ""
+    return counted.snapshot.digest
+
+
+def _privacy(plan: JobPlan) -> str:
+    if plan.privacy.mode == "none":
+        return "no privacy"
+    return f"epsilon {plan.privacy.epsilon:g} at delta {plan.privacy.delta:g}"
