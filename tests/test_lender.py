@@ -1,6 +1,7 @@
 """How a lender answers: within its policy, from its own budget, and once."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -278,6 +279,24 @@ def test_the_reason_that_reaches_the_coordinator_says_nothing_of_the_loans(bank)
     lender = open_lender(bank)
     reason = refusal(lender, proposal(plan(privacy=PrivacyPlan(epsilon=50.0))))
     assert not any(character.isdigit() for character in reason)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"status": "done"}, "cannot end as 'done'"),
+        ({"rounds": 4}, "4 rounds"),
+        ({"rounds": -1}, "-1 rounds"),
+    ],
+)
+def test_an_end_that_is_none_of_the_plan_ends_no_job(bank, changes, why):
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    question = decode(train_request(lender.answer(BINS), 1), Train)
+    finish = Finish(JOB, "completed", 3, question.bins, question.fingerprint, question.weights)
+    assert why in refusal(lender, encode(replace(finish, **changes)))
+    assert list((bank.parent / "models").glob("*/model.json")) == []
+    decode(lender.answer(encode(finish)), Done)
 
 
 def test_the_end_of_a_job_keeps_the_model_and_frees_what_was_not_spent(bank):
