@@ -18,18 +18,25 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedfin.credit.binning import bins_from_histogram, histogram_size
-from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint, num_parameters
+from fedfin.credit.models import (
+    architecture_of,
+    initial_weights,
+    largest_model,
+    model_fingerprint,
+    num_parameters,
+)
 from fedfin.credit.schema import Schema
 from fedfin.errors import FedfinError, ProtocolRefusalError
 from fedfin.identity import public_pem
 from fedfin.plan import JobPlan, PrivacyPlan
 from fedfin.privacy.combiner import Combiner
 from fedfin.privacy.encoding import Layout, unpack
+from fedfin.privacy.shared_accounting import calibrate_shared, shared_sums
 from fedfin.privacy.sum_context import SumContext, roster_digest, threshold_of
 from fedfin.privacy.sum_messages import Advert
 from fedfin.privacy.sum_shares import MASK_KEY, OWN_MASK, is_committed
 from fedfin.roster import Roster
-from fedfin.strategies.sums import round_layout
+from fedfin.strategies.sums import round_layout, round_scheme, shares_layout
 from fedfin.update import (
     Accepted,
     Advertised,
@@ -66,6 +73,7 @@ PLAN = JobPlan.model_validate(
 )
 
 WITHOUT_PRIVACY = PLAN.model_copy(update={"privacy": PrivacyPlan(mode="none")})
+SHARED = PLAN.model_copy(update={"privacy": PrivacyPlan(mode="shared", epsilon=1.0)})  # no drop-out planned
 
 Spoil = Callable[[str, Any], Any]
 """Changes the honest message for a lender, or returns None: it is not sent."""
@@ -247,7 +255,7 @@ class Coordinator:
 
     def sum(self, number: int = 1, cohort: tuple[str, ...] = NAMES, **changes: Any) -> Sum:
         """Return the sum of a round that nobody has opened; its context is right unless changed."""
-        layout = round_layout(self.plan, num_parameters(self.architecture), len(cohort))
+        layout = self.layout(len(cohort))
         right = SumContext(
             federation=self.federation,
             job_id=self.job_id,
@@ -262,6 +270,23 @@ class Coordinator:
         made = Sum(self, replace(right, **changes), layout)
         self.sums.append(made)
         return made
+
+    def layout(self, num_lenders: int) -> Layout:
+        """Return how a round's vector is laid out."""
+        size = num_parameters(self.architecture)
+        if self.plan.privacy.mode != "shared":
+            return round_layout(self.plan, size, num_lenders)
+        sums = shared_sums(
+            self.plan,
+            num_lenders=NUM_LENDERS,
+            num_cells=histogram_size(self.schema),
+            num_features=len(self.schema.features),
+            num_parameters=largest_model(self.plan.model, self.schema),
+        )
+        noise = calibrate_shared(
+            self.plan.privacy, sums, sample_rate=1.0, num_rounds=self.plan.training.rounds
+        )
+        return shares_layout(round_scheme(noise, sums, size, num_lenders))
 
     def question(self, number: int = 1, *, shift: float = 0.0) -> bytes:
         """Return the bytes of a round's question; `shift` moves one weight, which says how different the model is."""
@@ -382,6 +407,16 @@ def both_secrets_afterwards(job: Coordinator) -> None:
     job.notes["shares told afterwards"] = sorted(
         {owner for given in running.shares if given not in first for owner in given[1:2]}
     )
+
+
+def few_shares_of_the_noise(job: Coordinator) -> None:
+    """In mode shared, one lender of six is lost where none was planned for: a sum with too little noise."""
+    first = job.sum().upto_mask()
+    first.mask(job.question(), lambda _, message: without(LAST, message), who=(ME,))
+    second = job.sum(2).upto_mask()
+    second.mask(job.question(2))
+    second.confirm(WITHOUT_LAST).unmask(who=WITHOUT_LAST)
+    note_that_nothing_is_summed(job, second)
 
 
 def second_question(job: Coordinator) -> None:
@@ -537,6 +572,7 @@ ATTACKS: dict[str, Callable[[Coordinator], None]] = {
     for attack in (
         *(swapped_keys, swapped_own_keys, unenrolled_in_the_cohort, unenrolled_advert, small_cohort),
         *(few_adverts, weak_threshold, altered_share, few_survivors, split_survivor_sets, both_secrets),
+        few_shares_of_the_noise,
         *(both_secrets_afterwards, second_question, second_question_without_privacy, different_model),
         *(different_model_hidden, replay_across_rounds, replay_across_jobs, opened_twice, differencing_retry),
         *(differencing_retry_without_privacy, differencing_survivors, differencing_nearly),
@@ -550,9 +586,13 @@ NOT_PRIVATE = {
 }
 
 
+IN_SHARED = {"few_shares_of_the_noise"}
+
+
 def run_attack(name: str, exchange: Any, federation: str, schema: Schema, roster: Roster) -> dict[str, Any]:
     """Run one attack as a job of its own; return all that the coordinator was told, as JSON."""
-    job = Coordinator(exchange, federation, schema, roster, WITHOUT_PRIVACY if name in NOT_PRIVATE else PLAN)
+    plan = WITHOUT_PRIVACY if name in NOT_PRIVATE else SHARED if name in IN_SHARED else PLAN
+    job = Coordinator(exchange, federation, schema, roster, plan)
     error = ""
     try:
         job.propose()
@@ -597,6 +637,12 @@ def forged_advert(running: Sum, name: str) -> bytes:
     keys = [X25519PrivateKey.generate().public_key().public_bytes_raw() for _ in range(2)]
     forged = Advert(keys[0], keys[1], secrets.token_bytes(32))
     return forged.signed(running.context.digest(), name, Ed25519PrivateKey.generate()).to_bytes()
+
+
+def without(name: str, message: Mask) -> Mask:
+    return replace(
+        message, sealed={sender: data for sender, data in message.sealed.items() if sender != name}
+    )
 
 
 def shown_another_model(job: Coordinator) -> Sum:

@@ -45,6 +45,11 @@ REFUSED = {
         ("confirm", "once"): WITHOUT_LAST,
         ("unmask", "unknown_sum"): WITHOUT_LAST,
     },
+    "few_shares_of_the_noise": {
+        ("mask", "planned_noise"): (ME,),
+        ("confirm", "too_few_survivors"): WITHOUT_LAST,
+        ("unmask", "unknown_sum"): WITHOUT_LAST,
+    },
     "second_question": {("mask", "charged"): (ME,)},
     "second_question_without_privacy": {("mask", "once"): (ME,)},
     "different_model": {("unmask", "confirmation"): NAMES},
