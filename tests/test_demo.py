@@ -62,9 +62,10 @@ def test_the_demo_is_a_real_federation_and_ends_with_a_report(tmp_path):
     assert len(seen["client"]) == 8
     assert len(seen["link"]) == 1
     assert len(seen["app"]) == 1
-    output, errors = demo.communicate(timeout=400)
+    output, errors = demo.communicate(timeout=540)
     assert demo.returncode == 0, errors
     document = json.loads(output)
+    assert (document["aggregation"], document["mode"], document["rounds"]) == ("secure", "shared", 30)
     assert [lender["kind"] for lender in document["lenders"]] == ["bank"] * 3 + ["small"] * 5
     assert all(lender["n_train"] == 90 for lender in document["lenders"][3:])
     assert document["epsilon"] == 3.0
@@ -80,12 +81,32 @@ def test_the_demo_is_a_real_federation_and_ends_with_a_report(tmp_path):
     found = judged["figures"]["auroc"]
     assert abs(found["value"] - exact) < 5 * found["noise_error"] + 0.002
     assert json.loads(Path(document["run"], "metrics.json").read_text())["evaluations"] == [judged]
+    assert "summed under secure aggregation" in report
+    assert (
+        "no more than 2 of the 8 lenders tell others their share, and at least 7 answer in each sum" in report
+    )
     assert not re.search(r"(src|href)=[\"']https?:", report), "the report must open offline"
     for name in [lender["name"] for lender in document["lenders"]]:
         assert name in report
         private = directory / "lenders" / name
         assert all(key.stat().st_mode & 0o777 == 0o600 for key in (private / "keys").iterdir())
     assert processes(directory)["client"] == []
+
+
+def test_three_lenders_are_summed_securely_and_two_in_clear_and_both_say_so(tmp_path):
+    for lenders, said in (
+        ("3", "Updates are summed under secure aggregation"),
+        ("2", "With 2 lenders the coordinator sees each update by itself"),
+    ):
+        directory = tmp_path / lenders
+        demo = start(directory, "--lenders", lenders, "--rounds", "2")
+        output, errors = demo.communicate(timeout=250)
+        assert demo.returncode == 0, errors
+        printed = " ".join((output + errors).split())
+        assert said in printed
+        assert ("These lenders accept sums of 3" in printed) is (lenders == "3")
+        summed = "summed under secure aggregation" in (directory / "report.html").read_text()
+        assert summed is (lenders == "3")
 
 
 def test_without_privacy_the_federation_comes_close_to_pooled_loans(tmp_path):
