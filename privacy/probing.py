@@ -59,6 +59,7 @@ def require_loans_apart(summed: ClippedSum, whole: Gradients | None, num_columns
     Raises:
         TrainingError: The gradients are not apart, and why.
     """
+    wrong = ""
     for look in range(_LOOKS):
         wrong, seen = _look(summed, whole, num_columns, look)
         if not wrong:
