@@ -32,6 +32,7 @@ from fedfin.strategies.sums import (
     bins_layout,
     bins_scheme,
     capped_histogram,
+    check_round,
     cohort_sum,
     column_totals,
     counts_layout,
@@ -236,6 +237,9 @@ class JobStages:
 
     def _cohort_sum(self, before: Checkpoint, sums: CohortSums) -> CohortSum:
         if self._shared is None:
+            if self._plan.aggregation == "secure":  # in clear each answer was read by itself
+                layout = self._round_layout(before, sums.num_lenders)
+                check_round(sums.parts, len(sums.survivors), self._plan.training, layout)
             return cohort_sum(sums.parts, len(sums.survivors))
         scheme = self._round_scheme(before, sums.num_lenders)
         loans = self._plan.training.sample_rate * before.num_loans

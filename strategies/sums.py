@@ -36,6 +36,7 @@ __all__ = [
     "bins_scheme",
     "blurred_weight",
     "capped_histogram",
+    "check_round",
     "cohort_sum",
     "column_totals",
     "counts_layout",
@@ -144,6 +145,39 @@ def cohort_sum(parts: "Mapping[str, NDArray[np.float64]]", num_lenders: int) -> 
     """
     weight = float(parts["weight"][0]) if "weight" in parts else float(num_lenders)
     return CohortSum(values=parts["update"], weight=weight, num_lenders=num_lenders)
+
+
+def check_round(
+    parts: "Mapping[str, NDArray[np.float64]]", num_lenders: int, training: "TrainingPlan", layout: Layout
+) -> None:
+    """Refuse a round's sum that no lenders' updates and weights add up to.
+
+    What is masked is not looked at, so that a single lender can add any ring element. Of a sum that passes it can be
+    the author, but the model moves no further by it than by the plan's own steps.
+
+    Args:
+        parts: As `round_parts`, summed over the lenders.
+        num_lenders: Lenders in the sum.
+        training: The plan's.
+        layout: The vectors': half a step of each lender is rounding.
+
+    Raises:
+        TrainingError: The weights' sum, or that of an update in the place where it is largest, is out of reach.
+    """
+    rounding = {segment.name: num_lenders * segment.step / 2 for segment in layout.segments}
+    weight = float(parts["weight"][0]) if "weight" in parts else float(num_lenders)
+    spare = rounding.get("weight", 0.0)
+    least = num_lenders * weight_of(training.weight_bucket, training) - spare
+    most = num_lenders * largest_weight(training) + spare
+    moved = float(np.abs(parts["update"]).max(initial=0.0))
+    reach = largest_move(training) * (weight + spare) + rounding["update"]
+    if not (least <= weight <= most and moved <= reach):
+        msg = (
+            f"the sum of {num_lenders} lenders has weight {weight:g}, where {least:g} to {most:g} is possible, and an"
+            f" update of up to {moved:g}: no lenders' answers add up to it, the round is void. One of them sent what is"
+            " no update, and masks hide which: find it with the lenders before you start again"
+        )
+        raise TrainingError(msg)
 
 
 def largest_weight(training: "TrainingPlan") -> float:

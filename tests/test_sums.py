@@ -19,6 +19,7 @@ from fedfin.strategies.sums import (
     bins_scheme,
     blurred_weight,
     capped_histogram,
+    check_round,
     cohort_sum,
     counts_layout,
     largest_move,
@@ -57,12 +58,32 @@ def test_a_rounds_decoded_sum_is_the_weighted_sum_of_the_updates(weighting, size
     weights = [lender_weight(size, plan.training) for size in sizes]
     layout = round_layout(plan, 5, len(sizes))
     vectors = [round_parts(u, w, plan.training) for u, w in zip(updates, weights, strict=True)]
-    total = cohort_sum(summed(layout, vectors), len(sizes))
+    parts = summed(layout, vectors)
+    check_round(parts, len(sizes), plan.training, layout)
+    total = cohort_sum(parts, len(sizes))
     half_a_step = layout.segments[0].step / 2 * len(sizes)
     wanted = np.sum([w * u.astype(np.float64) for u, w in zip(updates, weights, strict=True)], axis=0)
     assert np.abs(total.values - wanted).max() <= half_a_step
     assert total.weight == pytest.approx(sum(weights), rel=1e-4 if weighting == "sqrt" else 0.0)
     assert total.num_lenders == len(sizes)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "at"), [("size", 1), ("size", -1), ("sqrt", 1), ("sqrt", -1), ("equal", 1)]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_lenders_ring_elements_bring_no_sum_beyond_what_the_cohort_could_reach(weighting, at, sign):
+    plan = plan_with(weighting=weighting)
+    layout = round_layout(plan, 3, 6)
+    weight = lender_weight(400, plan.training)
+    vector = layout.encode(round_parts(np.full(3, 0.01, np.float32), weight, plan.training))
+    check_round(layout.decode(6 * vector), 6, plan.training, layout)
+    # the update beyond what all six reach; the weight, over which the mean is, beyond the largest or below zero
+    forged = vector.copy()
+    reach = 7 * weight * largest_move(plan.training) if at == 1 else 7 * largest_weight(plan.training)
+    forged[at] = np.uint32(sign * round(reach / layout.segments[0 if at == 1 else 1].step) % 2**32)
+    with pytest.raises(TrainingError, match="no lenders' answers add up to it, the round is void"):
+        check_round(layout.decode(5 * vector + forged), 6, plan.training, layout)
 
 
 def test_rounding_moves_the_mean_by_less_than_a_five_hundredth_of_a_local_step():
