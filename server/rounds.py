@@ -10,24 +10,22 @@ job has one aggregated round fewer. Either way no round is charged twice.
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
-
-import numpy as np
 
 from fedfin.credit.schema import Schema
 from fedfin.errors import FedfinError, QuorumError
 from fedfin.plan import JobPlan
+from fedfin.server.delivery import Delivery
 from fedfin.server.evaluation import evaluation_rounds
 from fedfin.server.exchange import Exchange
-from fedfin.server.gathering import PROPOSE_S, WAIT_S, Gathering
+from fedfin.server.gathering import WAIT_S, Gathering
 from fedfin.server.jobs import Say
 from fedfin.server.plain_sums import PlainSums
 from fedfin.server.roster import Checkpoint, FederationStore, Job
 from fedfin.server.stages import JobStages
 from fedfin.server.summing import CohortSums, Stage, SumLostError, Summing, SumShortError, Upcoming
 from fedfin.server.unmasking import JobContext, SecureSums
-from fedfin.update import Done, Finish, Refused
 
 __all__ = ["run_job"]
 
@@ -77,7 +75,7 @@ def run_job(
         store.end_job(job.job_id, "completed")
     else:
         checkpoint = store.checkpoint(job.job_id) or _lost(job)
-    runner.deliver(checkpoint)
+    runner.delivery.deliver(checkpoint)
     return checkpoint
 
 
@@ -103,18 +101,16 @@ class _Runner:
         self._federation = federation
         self._judged = judged
         self._say = say
-        self._gathering = Gathering(
-            exchange, store, job.job_id, plan, schema.fingerprint(), settle=self._settle, say=say
+        self.delivery = Delivery(
+            exchange, store, job.job_id, say=say, patience_s=plan.cohort.round_deadline_s
         )
-        self._ended = {
-            earlier.job_id: earlier
-            for earlier in store.jobs()
-            if earlier.status != "running" and earlier.job_id != job.job_id
-        }
+        self._gathering = Gathering(
+            exchange, store, job.job_id, plan, schema.fingerprint(), settle=self.delivery.settle, say=say
+        )
 
     def train(self) -> Checkpoint:
         """Run the job's bins, rounds and evaluations, from where its last checkpoint stands."""
-        self._settle(self._exchange.online())
+        self.delivery.settle(self._exchange.online())
         self._gathering.gather()
         summing = self._summing()
         weights = self._store.weights
@@ -135,27 +131,6 @@ class _Runner:
                 return checkpoint if checkpoint.round > 0 else _nothing_learned(self._job_id, rounds)
             number += 1
             checkpoint = self._round(summing, stages, number, checkpoint)
-
-    def deliver(self, checkpoint: Checkpoint) -> None:
-        """Send the model to every lender that took part; those away get it when the coordinator runs again."""
-        finish = _finish(self._job_id, checkpoint)
-        not_kept: dict[str, str] = {}
-        until = time.monotonic() + self._plan.cohort.round_deadline_s
-        told = False
-        while True:
-            away = set(self._store.undelivered(self._job_id))
-            here = (away & self._exchange.online()) - set(not_kept)
-            if here:
-                not_kept |= self._end(finish, here)
-                away = set(self._store.undelivered(self._job_id))
-            if not away - set(not_kept) or time.monotonic() > until:
-                self._say({"event": "delivered", "missing": sorted(away), "not_kept": not_kept})
-                return
-            if not told:
-                left = max(0.0, until - time.monotonic())
-                self._say({"event": "delivering", "for": sorted(away - set(not_kept)), "seconds": left})
-                told = True
-            time.sleep(WAIT_S)
 
     # Stages
 
@@ -326,31 +301,6 @@ class _Runner:
         )
         return SecureSums(self._exchange, self._store, context, say=self._say, refuse=self._gathering.refuse)
 
-    # The end of jobs
-
-    def _settle(self, names: Collection[str]) -> None:
-        """Tell these lenders how earlier jobs ended, where they were away: what they had reserved is free again."""
-        for job in list(self._ended.values()):
-            away = set(self._store.undelivered(job.job_id))
-            if not away:
-                del self._ended[job.job_id]
-            elif away & set(names):
-                last = self._store.checkpoint(job.job_id) if job.status == "completed" else None
-                self._end(_finish(job.job_id, last), away & set(names))
-
-    def _end(self, finish: Finish, names: set[str]) -> dict[str, str]:
-        """Send a job's end; return the lenders that answered but could not keep it, with the reason."""
-        answers = self._exchange.ask(dict.fromkeys(sorted(names), finish), Done, deadline_s=PROPOSE_S)
-        not_kept: dict[str, str] = {}
-        for name, reply in sorted(answers.replies.items()):
-            if isinstance(reply, Done):
-                self._store.mark_delivered(finish.job_id, name)
-            else:
-                not_kept[name] = (
-                    reply.reason if isinstance(reply, Refused) else "it answered another question"
-                )
-        return not_kept
-
 
 def _report(sums: CohortSums) -> dict[str, Any]:
     """Return what is told of a sum: who was in it and who failed, and nothing of one lender beyond that."""
@@ -366,13 +316,6 @@ def _report(sums: CohortSums) -> dict[str, Any]:
             "answer_bytes": sums.answer_bytes,
         }
     return report
-
-
-def _finish(job_id: str, last: Checkpoint | None) -> Finish:
-    """Return the message that ends a job: completed with its model, or abandoned."""
-    if last is None:
-        return Finish(job_id, "abandoned", 0, "", "", np.zeros(0, dtype=np.float32))
-    return Finish(job_id, "completed", last.round, last.bins, last.fingerprint, last.weights, last.reference)
 
 
 def _nothing_learned(job_id: str, rounds: int) -> Checkpoint:

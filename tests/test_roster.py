@@ -232,7 +232,7 @@ def test_jobs_survive_reopening_oldest_first(store, path):
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
-@settings(max_examples=8)
+@settings(max_examples=8, deadline=None)  # a disk may be slow
 @given(
     st.lists(finite, max_size=8), st.integers(0, 10_000), st.text(st.characters(exclude_categories=["Cs"]))
 )

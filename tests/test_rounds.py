@@ -15,7 +15,7 @@ from fedfin.credit.score_counts import evaluation_cells
 from fedfin.errors import ConfigError, FedfinError, QuorumError
 from fedfin.invitation import Invitation
 from fedfin.plan import JobPlan, TrainingPlan
-from fedfin.server import gathering, rounds
+from fedfin.server import delivery, gathering, rounds
 from fedfin.server.exchange import Answers
 from fedfin.server.jobs import choose_job
 from fedfin.server.plain_sums import PlainSums
@@ -209,7 +209,7 @@ class House:
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch):
-    for module in (rounds, gathering):
+    for module in (delivery, gathering, rounds):
         monkeypatch.setattr(module, "WAIT_S", 0.001)
     monkeypatch.setattr(gathering, "SILENT_S", 0.01)
 

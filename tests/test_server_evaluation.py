@@ -19,7 +19,7 @@ from fedfin.credit.score_counts import NUM_SCORE_CELLS, count_scores, evaluation
 from fedfin.credit.source import read_loans
 from fedfin.errors import SchemaMismatchError
 from fedfin.plan import JobPlan
-from fedfin.server import gathering, rounds
+from fedfin.server import delivery, gathering, rounds
 from fedfin.server.evaluation import (
     evaluation_rounds,
     evaluation_sum,
@@ -242,7 +242,7 @@ def test_the_noise_of_a_sum_is_that_of_all_its_lenders():
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    for module in (rounds, gathering):
+    for module in (delivery, gathering, rounds):
         monkeypatch.setattr(module, "WAIT_S", 0.001)
     monkeypatch.setattr(rounds, "_EVALUATION_PAUSE_S", 0.001)
     return House(tmp_path)

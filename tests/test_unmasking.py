@@ -12,7 +12,7 @@ from secure_lenders import NAMES
 
 from fedfin.errors import QuorumError
 from fedfin.privacy.participant import Participant
-from fedfin.server import gathering, rounds, unmasking
+from fedfin.server import delivery, gathering, rounds, unmasking
 from fedfin.server.roster import FederationStore
 from fedfin.strategies.fedavg import fedavg
 from fedfin.strategies.strategy import ModelState
@@ -37,7 +37,7 @@ OTHERS = NAMES[:-1]
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch):
-    for module in (rounds, gathering):
+    for module in (delivery, gathering, rounds):
         monkeypatch.setattr(module, "WAIT_S", 0.001)
     monkeypatch.setattr(rounds, "_EVALUATION_PAUSE_S", 0.001)
 
