@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from fedfin.cli import app
 from fedfin.cli_reference import commands_page, configuration_page
+from fedfin.client import sum_rules as lenders_rules
+from fedfin.privacy import sum_rules
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -69,6 +71,17 @@ def test_every_link_to_a_file_of_the_project_leads_there(page):
     for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_and_benchmark_that_a_page_names_is_there(page):
+    for name in re.findall(r"\b((?:tests|benchmarks)/[a-z]\w*\.py)\b", page.read_text()):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_security_page_names_every_rule_of_a_secure_sum():
+    page = (ROOT / "docs" / "security.md").read_text()
+    assert [rule for rule in [*sum_rules.RULES, *lenders_rules.RULES] if f"`{rule}`" not in page] == []
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
