@@ -7,6 +7,7 @@ charge the ledger before a byte leaves.
 import json
 import re
 from collections.abc import Callable
+from threading import Lock
 from typing import Final
 
 from fedfin.client.accepted import AcceptedJob, require_accepted
@@ -65,7 +66,7 @@ _QUESTIONS: Final[tuple[type[Message], ...]] = (
 
 
 class Lender:
-    """Answers questions in the name of one lender; one question at a time."""
+    """Answers questions in the name of one lender; one at a time: of two that come at once, one waits."""
 
     def __init__(self, folder: LenderFolder, say: Callable[[str], None]) -> None:
         """Read the loans and open the ledger.
@@ -84,6 +85,7 @@ class Lender:
         self._masking = Masking(folder, self._ledger, identity, say)
         self._accepted: AcceptedJob | None = None
         self.job_id: str | None = None
+        self._lock = Lock()  # what one question is held against is what the one before it left
 
     @property
     def loans(self) -> PreparedLoans:
@@ -104,10 +106,11 @@ class Lender:
         if not _JOB_ID.fullmatch(question.job_id):
             msg = f"the coordinator named a job {question.job_id[:80]!r}; a job's id is letters, digits and dashes"
             raise LinkError(msg)
-        try:
-            return self._answer(question, data)
-        except FedfinError as error:
-            return encode(self._refuse(question, error))
+        with self._lock:
+            try:
+                return self._answer(question, data)
+            except FedfinError as error:
+                return encode(self._refuse(question, error))
 
     def evaluate_pending(self) -> int:
         """Judge every model that was received and not yet judged; return how many."""

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from secure_lenders import JOB, NAMES, Cohort, refusal_of, secure_plan, write_fo
 
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
+from fedfin.client.training import train_locally
 from fedfin.credit.binning import Bins
 from fedfin.credit.models import architecture_of
 from fedfin.privacy.ledger import Ledger
@@ -404,6 +407,26 @@ def test_an_ordinary_drop_out_between_ordinary_rounds_stops_nothing(tmp_path):
     other = job.start(job.train_question(2, model, weights + np.float32(step)), WITHOUT_LAST)
     other.whole()
     assert other.refused == {}
+
+
+def test_the_rule_holds_where_two_questions_come_at_once(tmp_path, monkeypatch):
+    job = cohort(tmp_path, "none")
+    model = counted_model(job)
+    sums = [
+        job.start(job.train_question(number, model), names).open().share()
+        for number, names in ((1, NAMES), (2, WITHOUT_LAST))
+    ]
+
+    def train_slowly(*args, **kwargs):
+        time.sleep(0.3)
+        return train_locally(*args, **kwargs)
+
+    monkeypatch.setattr("fedfin.client.stages.train_locally", train_slowly)
+    asked = [encode(one.mask_message("bank-a")) for one in sums]
+    with ThreadPoolExecutor(2) as pool:
+        answers = [decode(data, Masked, Refused) for data in pool.map(job.lenders["bank-a"].answer, asked)]
+    (refused,) = [answer.reason for answer in answers if isinstance(answer, Refused)]
+    assert refused.startswith("differencing: ")
 
 
 def test_the_rule_holds_after_a_restart(tmp_path):
