@@ -38,7 +38,9 @@ def test_a_loan_with_next_to_no_gradient_is_no_bound_to_compare_at():
 
     def summed(loans, labels, bound):
         gradients = loans.astype(np.float64)
-        gradients[np.isin(loans[:, 0], saturated)] *= 1e-12 * np.array([1.0, 1.0 if len(loans) == 1 else -1.0])
+        gradients[np.isin(loans[:, 0], saturated)] *= 1e-12 * np.array(
+            [1.0, 1.0 if len(loans) == 1 else -1.0]
+        )
         norms = np.linalg.norm(gradients, axis=1, keepdims=True)
         return (gradients * np.minimum(1.0, bound / norms)).sum(axis=0)
 
