@@ -192,14 +192,14 @@ def running(tmp_path_factory):
             built.enrol(name, rows, **POLICY)
         for name in NAMES:
             built.start_lender(name)
-        assert built.wait_for_end("server", timeout_s=500) == 0, built.tail("server")
+        assert built.wait_for_end("server", timeout_s=800) == 0, built.tail("server")
     found = {line["attack"]: line for line in lines_of(results)}
     logs = {name: lines_of(built.directory / name / "log.jsonl") for name in NAMES}
     return SimpleNamespace(found=found, logs=logs)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_the_lenders_of_a_running_federation_refuse(running, name):
     check(running.found[name], running.logs.__getitem__)

@@ -14,7 +14,7 @@ from recording import install
 
 from fedfin.privacy.encoding import Layout, Segment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NAMES = tuple(f"bank-{letter}" for letter in "abcdef")
 KILLED_ON = {"bank-f": "round 2 mask", "bank-e": "round 5 confirm"}
