@@ -1,5 +1,6 @@
 """A coordinator's whole job over real lenders in this process, any message of which can be lost, answered or killed."""
 
+import atexit
 import contextlib
 import json
 import shutil
@@ -70,6 +71,7 @@ class WatchedStore(FederationStore):
 def _written():
     """Folders of all lenders, written once in a test run and copied for each test; and their loans, read once."""
     directory = Path(tempfile.mkdtemp(prefix="fedfin-lenders-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     banks = write_folders(directory, NAMES, min_cohort=3)
     return directory, {name: prepare(LenderFolder(bank)) for name, bank in banks.items()}
 
