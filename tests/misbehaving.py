@@ -445,10 +445,7 @@ def different_model_hidden(job: Coordinator) -> None:
     others = tuple(name for name in NAMES if name != ME)
     running.unmask({name: running.confirmations[name] for name in others}, who=NAMES)
     running.shares = [given for given in running.shares if given[0] != ME]
-    size = 2 ** (running.layout.ring_bits - 1)
-    words = running.total(job.question()).astype(np.int64) % (2 * size)
-    signed = np.where(words >= size, words - 2 * size, words)
-    job.notes["mean size in the ring"] = float(np.abs(signed).mean() / size)
+    job.notes["mean size in the ring"] = mean_size(running, job.question())
 
 
 # Replay
@@ -564,7 +561,7 @@ def another_roster_in_the_context(job: Coordinator) -> None:
 def honest_round(job: Coordinator) -> None:
     """No attack: a round of all that is opened."""
     running = job.sum().whole(job.question())
-    job.notes["total"] = running.total(job.question()).size
+    job.notes["mean size in the ring"] = mean_size(running, job.question())
 
 
 ATTACKS: dict[str, Callable[[Coordinator], None]] = {
@@ -630,6 +627,13 @@ def as_server_app(results: str) -> None:
                 out.flush()
 
     rounds.run_job = run_attacks  # type: ignore[assignment]
+
+
+def mean_size(running: Sum, question: bytes) -> float:
+    """Return how large the words of the unmasked sum are on average, as a share of the ring's largest."""
+    size = 2 ** (running.layout.ring_bits - 1)
+    words = running.total(question).astype(np.int64) % (2 * size)
+    return float(np.abs(np.where(words >= size, words - 2 * size, words)).mean() / size)
 
 
 def forged_advert(running: Sum, name: str) -> bytes:
