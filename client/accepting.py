@@ -7,12 +7,13 @@ from pydantic import ValidationError
 
 from fedfin.client.folder import LenderFolder
 from fedfin.client.pinning import accept_roster
-from fedfin.client.policy import check_plan
+from fedfin.client.policy import check_colluders, check_plan
 from fedfin.client.scoring import event_of_evaluation, reserve_evaluations
 from fedfin.client.stages import Stages
 from fedfin.errors import BudgetSpentError, DataError, LinkError, PolicyRefusalError
 from fedfin.plan import JobPlan
 from fedfin.privacy.ledger import Ledger
+from fedfin.roster import Roster
 from fedfin.strategies.strategy import lender_weight
 from fedfin.update import Propose
 
@@ -58,14 +59,17 @@ def check_proposal(question: Propose, plan: JobPlan, folder: LenderFolder, own_k
             msg = "a job of aggregation plain came with a roster; both sides must run the same release"
             raise LinkError(msg)
         return 0
-    roster = accept_roster(folder, question.roster, own_key)
-    if len(roster.keys) < plan.cohort.min_lenders:
+    # before the roster is pinned: a proposal that came too early must not bind this lender to a roster of few
+    num_members = len(Roster.from_json(question.roster).keys)
+    if num_members < plan.cohort.min_lenders:
         msg = (
-            f"the roster has {len(roster.keys)} members, and cohort.min_lenders is {plan.cohort.min_lenders}; wait for"
-            " more to join"
+            f"the roster has {num_members} members, and cohort.min_lenders is {plan.cohort.min_lenders}; wait for more"
+            " to join"
         )
         raise PolicyRefusalError(msg)
-    return len(roster.keys)
+    check_colluders(plan, num_members, folder.config.policy)
+    accept_roster(folder, question.roster, own_key)
+    return num_members
 
 
 def accept_job(

@@ -1,5 +1,6 @@
 """What a lender agrees to. The coordinator's word is never enough: every proposal passes here first."""
 
+import math
 from typing import Final
 
 import numpy as np
@@ -9,7 +10,7 @@ from fedfin.config import LenderPolicy
 from fedfin.errors import PolicyRefusalError
 from fedfin.plan import JobPlan
 
-__all__ = ["MAX_WEIGHT", "check_plan", "check_size", "check_weights"]
+__all__ = ["MAX_WEIGHT", "check_colluders", "check_plan", "check_size", "check_weights"]
 
 MAX_WEIGHT: Final = 1e4
 """Larger weights serve no model; crafted ones make chosen loans overflow."""
@@ -58,6 +59,28 @@ def check_plan(plan: JobPlan, policy: LenderPolicy) -> None:
         msg = (
             f"cohort.min_lenders is {plan.cohort.min_lenders}, and this lender joins cohorts of {policy.min_cohort}"
             " and more only; raise it"
+        )
+        raise PolicyRefusalError(msg)
+
+
+def check_colluders(plan: JobPlan, num_members: int, policy: LenderPolicy) -> None:
+    """Hold the colluders that a plan's noise stands against to the policy; says nothing of modes but shared.
+
+    Args:
+        plan: The plan.
+        num_members: Members of the roster.
+        policy: The lender's.
+
+    Raises:
+        PolicyRefusalError: With so few colluders planned for, lenders that the masks withstand could take off noise.
+    """
+    least = policy.min_planned_colluders
+    if least is None:
+        least = max(0, math.ceil(num_members / 3) - 1)
+    if plan.privacy.mode == "shared" and plan.privacy.planned_colluders < least:
+        msg = (
+            f"privacy.planned_colluders is {plan.privacy.planned_colluders}, and this lender wants noise that"
+            f" stands against {least} of {num_members} lenders that tell their shares; raise it"
         )
         raise PolicyRefusalError(msg)
 

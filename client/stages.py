@@ -125,7 +125,8 @@ class Stages:
 
             return self._work(question, job, run_shared, layout)
         layout = self._layout(question, job, model, num_lenders)
-        weight = blurred_weight(len(self._loans.train), training, self._folder.salt())
+        bucket = self._folder.config.policy.min_weight_bucket
+        weight = blurred_weight(len(self._loans.train), training, self._folder.salt(), bucket)
 
         def run() -> NDArray[np.uint32]:
             values = self._values(question, job, model)

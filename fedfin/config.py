@@ -185,6 +185,14 @@ class LenderPolicy(Section):
             " sum of fewer is answered."
         ),
     )
+    min_planned_colluders: int | None = Field(
+        default=None,
+        ge=0,
+        description=(
+            "Mode shared: the fewest privacy.planned_colluders accepted. Default: as many lenders as secure aggregation"
+            " withstands, one less than a third of the roster, rounded up: the noise then stands against the same ones."
+        ),
+    )
     allow_plain_aggregation: bool = Field(
         default=False,
         description=(

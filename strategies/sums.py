@@ -19,7 +19,7 @@ import numpy as np
 from fedfin.errors import TrainingError
 from fedfin.privacy.encoding import Layout, Segment
 from fedfin.privacy.shares import make_scheme
-from fedfin.strategies.strategy import CohortSum, public_size, weight_of
+from fedfin.strategies.strategy import CohortSum, lender_weight, public_size, weight_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -197,17 +197,20 @@ def largest_move(training: "TrainingPlan") -> float:
     return steps * (4.0 + training.weight_decay * furthest)
 
 
-def blurred_weight(num_loans: int, training: "TrainingPlan", salt: bytes) -> float:
+def blurred_weight(num_loans: int, training: "TrainingPlan", salt: bytes, bucket: int) -> float:
     """Return a lender's weight under secure aggregation: of its bucketed size, off by a secret number of buckets.
 
     The difference of two sums whose cohorts differ by one lender shows that lender's weight. So its size is blurred by
     two-sided geometric noise of one bucket's scale, P(k) proportional to exp(-|k|), which is fixed for a lender and a
     size: a coordinator that sees it many times, over rounds and jobs, sees the same each time and averages nothing.
+    The bucket of the noise is the lender's own and not the plan's, which comes on top: plans with other buckets show
+    other roundings of the one blurred size.
 
     Args:
         num_loans: The lender's training loans; >= 1.
         training: States weighting, cap and bucket.
         salt: A secret of the lender, 16 bytes or more, kept as long as its loans are.
+        bucket: The smallest `weight_bucket` that the lender accepts; >= 1.
 
     Raises:
         TrainingError: The lender has no loans, or the salt is too short to be a secret.
@@ -220,15 +223,13 @@ def blurred_weight(num_loans: int, training: "TrainingPlan", salt: bytes) -> flo
             " it out of the round, or mend its folder"
         )
         raise TrainingError(msg)
-    bucket = training.weight_bucket
-    size = public_size(num_loans, training)
+    size = max(bucket, num_loans // bucket * bucket)
     words = hmac.digest(salt, f"fedfin weight 1 {bucket} {size}".encode(), hashlib.sha256)
     # a difference of two geometric numbers is two-sided geometric
     up, down = (
         math.floor(-math.log((int.from_bytes(words[at : at + 8], "big") + 1) / _WORD)) for at in (0, 8)
     )
-    blurred = min(max(size + bucket * (up - down), bucket), public_size(training.weight_cap, training))
-    return weight_of(blurred, training)
+    return lender_weight(max(bucket, size + bucket * (up - down)), training)
 
 
 def capped_histogram(

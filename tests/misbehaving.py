@@ -73,7 +73,7 @@ PLAN = JobPlan.model_validate(
 )
 
 WITHOUT_PRIVACY = PLAN.model_copy(update={"privacy": PrivacyPlan(mode="none")})
-SHARED = PLAN.model_copy(update={"privacy": PrivacyPlan(mode="shared", epsilon=1.0)})  # no drop-out planned
+SHARED = PLAN.model_copy(update={"privacy": PrivacyPlan(mode="shared", epsilon=1.0, planned_colluders=1)})
 
 Spoil = Callable[[str, Any], Any]
 """Changes the honest message for a lender, or returns None: it is not sent."""

@@ -44,7 +44,11 @@ def job_of(mode="none", *, rounds=3, times=0, min_lenders=4, **sections):
     return JobPlan.model_validate(
         {
             "training": {"rounds": rounds, "local_steps": 1, "learning_rate": 0.05},
-            "privacy": {"mode": mode, "epsilon": 2.0, **({"planned_dropouts": 1} if shared else {})},
+            "privacy": {
+                "mode": mode,
+                "epsilon": 2.0,
+                **({"planned_dropouts": 1, "planned_colluders": 1} if shared else {}),
+            },
             "cohort": {"min_lenders": min_lenders, "start_timeout_s": 0.2, "round_deadline_s": 5.0},
             "evaluation": {"times": times},
             **sections,

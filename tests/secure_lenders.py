@@ -66,7 +66,11 @@ def secure_plan(mode="local", *, rounds=3, times=1, **sections):
                 "weight_cap": 500,
                 **sections.pop("training", {}),
             },
-            "privacy": {"mode": mode, "epsilon": 2.0, **({"planned_dropouts": 1} if shared else {})},
+            "privacy": {
+                "mode": mode,
+                "epsilon": 2.0,
+                **({"planned_dropouts": 1, "planned_colluders": 1} if shared else {}),
+            },
             "cohort": {"min_lenders": 5},
             "evaluation": {"times": times},
             **sections,

@@ -200,7 +200,7 @@ def test_two_lenders_of_one_size_have_weights_of_their_own(tmp_path):
     names = tuple(f"bank-{number:02}" for number in range(20))
     salts = [LenderFolder(lender_folder(tmp_path / name, name=name)).salt() for name in names]
     plan = secure_plan("none").training
-    assert len({blurred_weight(178, plan, salt) for salt in salts}) > 1
+    assert len({blurred_weight(178, plan, salt, 50) for salt in salts}) > 1
 
 
 # Repetition and restarts
@@ -550,7 +550,7 @@ def test_a_model_that_no_training_makes_is_refused_and_costs_nothing(tmp_path):
 
 
 def test_in_mode_shared_no_more_are_lost_than_the_noise_was_planned_for(tmp_path):
-    job = cohort(tmp_path, "shared", privacy={"mode": "shared", "epsilon": 2.0})
+    job = cohort(tmp_path, "shared", privacy={"mode": "shared", "epsilon": 2.0, "planned_colluders": 1})
     one = job.start(job.bins_question()).open()
     job.dead = {"bank-f"}
     one.share()
@@ -651,4 +651,5 @@ def moved(one):
 
 def weight_of(job, name):
     loans = len(job.lenders[name].loans.train)
-    return blurred_weight(loans, job.plan.training, LenderFolder(job.banks[name]).salt())
+    folder = LenderFolder(job.banks[name])
+    return blurred_weight(loans, job.plan.training, folder.salt(), folder.config.policy.min_weight_bucket)

@@ -181,3 +181,15 @@ def test_a_roster_smaller_than_the_quorum_is_refused(tmp_path):
     assert "the roster has 4 members, and cohort.min_lenders is 5" in refusal_of(
         job.lenders["bank-a"], job.proposal()
     )
+    # it came too early: the roster of all is none that changed
+    assert pinned(LenderFolder(banks["bank-a"])) is None
+
+
+def test_noise_that_stands_against_fewer_colluders_than_the_masks_is_refused(tmp_path):
+    plan = secure_plan("shared", privacy={"mode": "shared", "epsilon": 2.0, "planned_dropouts": 1})
+    banks = write_folders(tmp_path, NAMES)
+    reason = refusal_of(Cohort(banks, plan).lenders["bank-a"], Cohort(banks, plan).proposal())
+    assert reason.startswith(
+        "privacy.planned_colluders is 0, and this lender wants noise that stands against 1 of 6"
+    )
+    assert pinned(LenderFolder(banks["bank-a"])) is None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedfin.client.policy import check_plan, check_size
+from fedfin.client.policy import check_colluders, check_plan, check_size
 from fedfin.config import LenderPolicy
 from fedfin.errors import PolicyRefusalError
 from fedfin.plan import JobPlan
@@ -115,3 +115,23 @@ def test_a_model_larger_than_the_policys_is_refused():
         PolicyRefusalError, match=r"^the model has 101 parameters, and this lender accepts at most 100$"
     ):
         check_size(101, LenderPolicy(max_parameters=100))
+
+
+@pytest.mark.parametrize(("num_members", "least"), [(3, 0), (4, 1), (6, 1), (7, 2), (8, 2), (10, 3)])
+def test_shared_noise_stands_against_as_many_as_the_masks_do(num_members, least):
+    def plan(colluders):
+        privacy = {"mode": "shared", "planned_colluders": colluders}
+        return plan_with(privacy=privacy, training={"local_steps": 1})
+
+    check_colluders(plan(least), num_members, LenderPolicy())
+    if least:
+        with pytest.raises(PolicyRefusalError, match=f"against {least} of {num_members} lenders"):
+            check_colluders(plan(least - 1), num_members, LenderPolicy())
+
+
+def test_a_lender_may_want_more_colluders_planned_for_or_fewer():
+    plan = plan_with(privacy={"mode": "shared", "planned_colluders": 1}, training={"local_steps": 1})
+    check_colluders(plan, 30, LenderPolicy(min_planned_colluders=1))
+    with pytest.raises(PolicyRefusalError, match="against 2 of 3 lenders that tell their shares; raise it"):
+        check_colluders(plan, 3, LenderPolicy(min_planned_colluders=2))
+    check_colluders(plan_with(), 30, LenderPolicy())  # mode local rests on nobody

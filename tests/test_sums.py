@@ -172,21 +172,31 @@ def test_noised_integers_travel_as_they_are_and_cannot_wrap():
 
 def test_a_blurred_weight_is_the_same_for_the_same_lender_and_bucket():
     training = TrainingPlan()
-    seen = {blurred_weight(size, training, SALT) for size in range(500, 550)}
+    seen = {blurred_weight(size, training, SALT, 50) for size in range(500, 550)}
     assert len(seen) == 1
-    assert seen == {blurred_weight(500, training, SALT) for _ in range(5)}
+    assert seen == {blurred_weight(500, training, SALT, 50) for _ in range(5)}
+
+
+def test_plans_with_other_buckets_show_other_roundings_of_one_blurred_size():
+    for k in range(50):
+        salt = SALT + bytes([k])
+        one = blurred_weight(1234, TrainingPlan(weight_bucket=10), salt, 10)
+        for bucket in (50, 60, 70, 90):
+            assert (
+                blurred_weight(1234, TrainingPlan(weight_bucket=bucket), salt, 10) == one // bucket * bucket
+            )
 
 
 def test_two_lenders_of_one_size_are_blurred_apart():
     training = TrainingPlan()
-    assert len({blurred_weight(1000, training, SALT + bytes([k])) for k in range(50)}) >= 3
+    assert len({blurred_weight(1000, training, SALT + bytes([k]), 50) for k in range(50)}) >= 3
 
 
 def test_the_blur_is_two_sided_geometric_in_buckets():
     training = TrainingPlan(weight_cap=100_000)
     count = 4000
     off = Counter(
-        round(blurred_weight(50_000, training, SALT + k.to_bytes(4, "big")) - 50_000) // 50
+        round(blurred_weight(50_000, training, SALT + k.to_bytes(4, "big"), 50) - 50_000) // 50
         for k in range(count)
     )
     ratio = math.exp(-1.0)
@@ -197,15 +207,18 @@ def test_the_blur_is_two_sided_geometric_in_buckets():
 
 
 @given(
-    st.integers(1, 20_000), st.binary(min_size=16, max_size=32), st.sampled_from(["size", "sqrt", "equal"])
+    st.integers(1, 20_000),
+    st.binary(min_size=16, max_size=32),
+    st.sampled_from(["size", "sqrt", "equal"]),
+    st.integers(1, 50),
 )
-def test_a_blurred_weight_stays_between_one_bucket_and_the_cap(num_loans, salt, weighting):
+def test_a_blurred_weight_stays_between_one_bucket_and_the_cap(num_loans, salt, weighting, bucket):
     training = TrainingPlan(weighting=weighting)
-    weight = blurred_weight(num_loans, training, salt)
+    weight = blurred_weight(num_loans, training, salt, bucket)
     assert lender_weight(1, training) <= weight <= largest_weight(training)
 
 
 @pytest.mark.parametrize(("num_loans", "salt"), [(0, SALT), (10, b"short")])
 def test_without_loans_or_a_secret_there_is_no_blurred_weight(num_loans, salt):
     with pytest.raises(TrainingError, match="leave it out of the round, or mend its folder"):
-        blurred_weight(num_loans, TrainingPlan(), salt)
+        blurred_weight(num_loans, TrainingPlan(), salt, 50)
