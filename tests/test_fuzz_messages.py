@@ -698,7 +698,14 @@ def test_a_coordinators_sum_is_exact_or_there_is_none(store, step):
                     grid, layout
                 )  # a lender may answer with any vector, and shifts the sum by it
             assert made.parts["counts"].tolist() == expected.view(np.int32).tolist()
-        # whatever was spoilt, the next sum is right
+        # whatever was spoilt, the next sum is right; shares of it that are spoilt on their way with the last answers of
+        # this one cost it lenders, or make it abort, and then the one after it is right
+        if step == "unmask":
+            with contextlib.suppress(SumLostError):
+                after = sums.sum(second, NAMES)
+                added = np.sum([vectors[name] for name in after.survivors], axis=0)
+                assert after.parts["counts"].tolist() == added.tolist()
+            second = stage_number(next(numbers))
         after = sums.sum(second, NAMES)
         assert after.survivors == NAMES
         assert after.parts["counts"].tolist() == np.sum(list(vectors.values()), axis=0).tolist()
