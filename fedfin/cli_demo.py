@@ -75,8 +75,8 @@ def demo(
             plan = demo_job(lenders, None if no_privacy else epsilon, rounds)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            key = ".".join(str(part) for part in first["loc"])
-            msg = f"{key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; change --{key}"
+            option = f"--{first['loc'][-1]}"  # options are named as the keys they set
+            msg = f"{option} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}; change it"
             raise ConfigError(msg) from None
         if not json_out:
             _say_how_summed(plan, lenders)

@@ -171,6 +171,7 @@ def assert_nothing_of_one_lender_is_at_the_coordinator(built: Federation) -> Non
     assert evaluation["lenders"] == len(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_lender_killed_in_a_secure_round_is_left_out_of_it_and_takes_part_again_when_restarted(tmp_path):
     # a generous deadline: Flower notices within 20 s that the killed node is gone, which ends the round before it
