@@ -335,7 +335,7 @@ class _View:
                 )
             case "sum_liars":
                 names = ", ".join(event["lenders"])
-                self._line(f"{event['stage']}: wrong shares came from {names}; routed around", style="yellow")
+                self._line(f"{event['stage']}: wrong shares came from {names}", style="yellow")
             case "next_job":
                 self._line(
                     f"{event['lender']} enrolled after this job was proposed; it waits for the next one"

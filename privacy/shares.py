@@ -267,7 +267,9 @@ def publish(total: NDArray[np.int64], num_answers: int, scheme: ShareScheme) -> 
     if total.shape != (scheme.shape.size,) or (np.abs(total) > num_answers * scheme.largest_answer).any():
         msg = (
             f"the sum of {num_answers} answers has shape {total.shape} or elements beyond"
-            f" {num_answers * scheme.largest_answer}, which no lenders' answers add up to; the round is void"
+            f" {num_answers * scheme.largest_answer}, which no lenders' answers add up to; the round is void. Find"
+            " who sent it with the lenders and run `fedfin server remove NAME`, then `fedfin server --new-job`, whose"
+            " roster each lender's engineer approves: of this model this job may ask the same lenders only"
         )
         raise TrainingError(msg)
     return total / scheme.scale

@@ -7,11 +7,13 @@ them nothing. The commitments are authenticated with the sealed shares, and the 
 """
 
 import hashlib
+from collections.abc import Collection
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from fedfin.errors import ProtocolRefusalError
 from fedfin.privacy.shamir import SHARE_BYTES, is_share
 from fedfin.privacy.sum_context import framed
 from fedfin.privacy.sum_keys import channel_key
@@ -23,6 +25,7 @@ __all__ = [
     "OWN_MASK",
     "SEALED_BYTES",
     "Dealt",
+    "accused",
     "is_committed",
     "seal",
     "share_commitments",
@@ -45,6 +48,11 @@ COMMITMENTS_BYTES: Final = len(_KINDS) * _HASH_BYTES
 
 SEALED_BYTES: Final = COMMITMENTS_BYTES + len(_KINDS) * SHARE_BYTES + _TAG_BYTES
 """Length of a sealed pair of shares: commitments in clear, shares encrypted, the tag of AES-GCM."""
+
+_DOES_NOT_OPEN: Final = {
+    "sealed_share": "the share of {} fails authentication: it was altered, or is of another lender or sum",
+    "share_commitment": "{} sealed a share that is not the one it committed to",
+}
 
 Dealt = tuple[bytes, bytes]
 """The two shares of one holder, in the order of `OWN_MASK` and `MASK_KEY`."""
@@ -103,12 +111,28 @@ def unseal(data: bytes, secret: bytes, context: bytes, sender: str, receiver: st
     try:
         opened = cipher.decrypt(_NONCE, sealed, _bound(context, sender, receiver, commitments))
     except InvalidTag:
-        what = f"the share of {sender} fails authentication: it was altered, or is of another lender or sum"
-        raise refusal("sealed_share", what) from None
+        raise _does_not_open("sealed_share", sender) from None
     pair = opened[:SHARE_BYTES], opened[SHARE_BYTES:]
     if share_commitments(context, sender, receiver, pair) != commitments or not all(map(is_share, pair)):
-        raise refusal("share_commitment", f"{sender} sealed a share that is not the one it committed to")
+        raise _does_not_open("share_commitment", sender)
     return pair
+
+
+def accused(reason: str, senders: Collection[str]) -> str | None:
+    """Return which of `senders` a refusal of `unseal` names, or None where the text is not exactly such a refusal.
+
+    Args:
+        reason: What a lender gave as the reason of its refusal; any text.
+        senders: Whose sealed shares it was sent.
+    """
+    for sender in senders:
+        if any(reason == str(_does_not_open(rule, sender)) for rule in _DOES_NOT_OPEN):
+            return sender
+    return None
+
+
+def _does_not_open(rule: str, sender: str) -> ProtocolRefusalError:
+    return refusal(rule, _DOES_NOT_OPEN[rule].format(sender))
 
 
 def _commitment(context: bytes, owner: str, holder: str, kind: str, share: bytes) -> bytes:

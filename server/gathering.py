@@ -58,7 +58,8 @@ class Gathering:
         self._schema_fingerprint = schema_fingerprint
         self._settle = settle
         self._say = say
-        self._refused: dict[str, str] = {}
+        # who was left out stays out, whatever was restarted; who refused by itself is asked again
+        self._refused = store.left_out(job_id)
         self._ask_again_at: dict[str, float] = {}
         self._told_newcomers: set[str] = set()
         kept = store.roster(job_id)
@@ -80,6 +81,18 @@ class Gathering:
         self._refused[name] = reason
         self._store.save_answer(self._job_id, name, weight=None, reason=reason)
         self._say({"event": "refused", "lender": name, "reason": reason})
+
+    def mend(self, otherwise: str) -> str:
+        """Return what to do, for people: `otherwise`, unless lenders were left out; they stay out of this job."""
+        left_out = self._store.left_out(self._job_id)
+        if not left_out:
+            return otherwise
+        why = "; ".join(f"{name} was left out, since {reason}" for name, reason in left_out.items())
+        removals = ", ".join(f"`fedfin server remove {name}`" for name in left_out)
+        return (
+            f"{why}. Run {removals}, then `fedfin server --new-job`, which spends the lenders' budgets again; each"
+            " lender's engineer approves the roster that is left (`fedfin client approve-roster`)"
+        )
 
     def gather(self) -> None:
         """Propose the job until enough lenders take part: all that are waited for, or the quorum after a while.
@@ -157,7 +170,8 @@ class Gathering:
             self.propose()
             if len(self.accepted | (self._members() - set(self._refused))) < quorum:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
-                msg = f"too many lenders refused to go on ({reasons}); mend it with them, then start again"
+                mend = self.mend("mend it with them, then start again")
+                msg = f"too many lenders refused to go on ({reasons}); {mend}"
                 raise QuorumError(msg)
             waiting.report(set(here), set(self.accepted - here), quorum)
             time.sleep(WAIT_S)
@@ -188,11 +202,16 @@ class Gathering:
             gone = sorted(set(names) - self.accepted)
             if gone or time.monotonic() > until:
                 missing = ", ".join(gone or sorted(set(names) - here))
-                what = "refused to go on" if gone else "did not come back in time (cohort.start_timeout_s)"
+                what = (
+                    "takes no part any more" if gone else "did not come back in time (cohort.start_timeout_s)"
+                )
+                mend = self.mend(
+                    "Bring them back and start again, or run `fedfin server --new-job`, which spends the lenders'"
+                    " budgets again"
+                )
                 msg = (
                     f"{why}; the same model may be asked about again of the identical cohort only, and {missing}"
-                    f" {what}. Bring them back and start again, or run `fedfin server --new-job`, which spends the"
-                    " lenders' budgets again"
+                    f" {what}. {mend}"
                 )
                 raise QuorumError(msg)
             waiting.report(here, set(names) - here, len(names))
@@ -226,7 +245,7 @@ class Gathering:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
         msg = (
             f"cohort.min_lenders is {quorum}, and only {len(members) - len(self._refused)} of {len(members)} lenders"
-            f" can take part. Refused: {reasons}. Mend the plan, then start again"
+            f" can take part. Refused: {reasons}. {self.mend('Mend the plan, then start again')}"
         )
         raise QuorumError(msg)
 

@@ -21,9 +21,12 @@ from fedfin.errors import EnrolmentError
 from fedfin.invitation import Invitation
 from fedfin.server.database import FederationFile
 
-__all__ = ["AskedSum", "Checkpoint", "FederationStore", "Job", "Member"]
+__all__ = ["LEFT_OUT", "AskedSum", "Checkpoint", "FederationStore", "Job", "Member"]
 
 TOKEN_HOURS: Final = 24
+
+LEFT_OUT: Final = "left out: "
+"""Start of the reason of a lender that the coordinator leaves out of a job for good: it is not asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +294,14 @@ class FederationStore:
                 (asked.base, json.dumps(sorted(asked.sharers)), job_id, asked.stage, asked.attempt),
             )
 
+    def unmark_asked(self, job_id: str, stage: str, attempt: int) -> None:
+        """Take the mark of `mark_asked` back: no masked vector was made that another sum could be compared with."""
+        with self._write() as db:
+            db.execute(
+                "UPDATE sums SET base = NULL, sharers = NULL WHERE job_id = ? AND stage = ? AND attempt = ?",
+                (job_id, stage, attempt),
+            )
+
     def mark_survivors(self, job_id: str, stage: str, attempt: int, survivors: Collection[str]) -> None:
         """Record, before it happens, that lenders are asked to confirm these survivors."""
         with self._write() as db:
@@ -331,6 +342,15 @@ class FederationStore:
                 (job_id,),
             ).fetchall()
         return dict(rows)
+
+    def left_out(self, job_id: str) -> dict[str, str]:
+        """Return the reason, without `LEFT_OUT`, of every lender that is left out of a job for good."""
+        with self._read() as db:
+            rows = db.execute(
+                "SELECT name, reason FROM answers WHERE job_id = ? AND reason IS NOT NULL ORDER BY name",
+                (job_id,),
+            ).fetchall()
+        return {name: reason[len(LEFT_OUT) :] for name, reason in rows if reason.startswith(LEFT_OUT)}
 
     def mark_delivered(self, job_id: str, name: str) -> None:
         """Record that a lender has confirmed the end of the job."""

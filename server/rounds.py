@@ -128,7 +128,7 @@ class _Runner:
             if number in due and checkpoint.round > 0:
                 self._evaluate(summing, stages, due.index(number) + 1, checkpoint, number)
             if number >= rounds:
-                return checkpoint if checkpoint.round > 0 else _nothing_learned(self._job_id, rounds)
+                return checkpoint if checkpoint.round > 0 else self._nothing_learned(rounds)
             number += 1
             checkpoint = self._round(summing, stages, number, checkpoint)
 
@@ -139,9 +139,10 @@ class _Runner:
         stage = stages.bins()
         while True:
             if self._plan.privacy.mode != "none" and summing.bound_to(stage) is not None:
+                mend = self._gathering.mend("start another job with `fedfin server --new-job`")
                 msg = (
                     f"the sum of the histograms of job {self._job_id} was lost after the lenders had been charged for"
-                    " it, and they answer it once; start another job with `fedfin server --new-job`"
+                    f" it, and they answer it once; {mend}"
                 )
                 raise QuorumError(msg)
             sums = self._sum(summing, stage, {})
@@ -288,6 +289,13 @@ class _Runner:
         found = [_NUMBERED.fullmatch(asked.stage) for asked in self._store.asked_sums(self._job_id)]
         return max((int(match[2]) for match in found if match is not None and match[1] == kind), default=0)
 
+    def _nothing_learned(self, rounds: int) -> Checkpoint:
+        mend = self._gathering.mend(
+            "find out why they drop out (rounds.jsonl names them), then run `fedfin server --new-job`"
+        )
+        msg = f"all {rounds} rounds of job {self._job_id} were lost: too few lenders went on to the end of any; {mend}"
+        raise QuorumError(msg)
+
     def _summing(self) -> Summing:
         deadline_s = self._plan.cohort.round_deadline_s
         if self._plan.aggregation == "plain":
@@ -316,14 +324,6 @@ def _report(sums: CohortSums) -> dict[str, Any]:
             "answer_bytes": sums.answer_bytes,
         }
     return report
-
-
-def _nothing_learned(job_id: str, rounds: int) -> Checkpoint:
-    msg = (
-        f"all {rounds} rounds of job {job_id} were lost: too few lenders went on to the end of any; find out why they"
-        " drop out (rounds.jsonl names them), then run `fedfin server --new-job`"
-    )
-    raise QuorumError(msg)
 
 
 def _lost(job: Job) -> Checkpoint:

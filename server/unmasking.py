@@ -1,7 +1,8 @@
 """Summing under secure aggregation: the coordinator's side of the five exchanges, around `privacy.combiner`.
 
     open, share       keys and sealed secrets are relayed; nothing is used up yet, so a failure is tried again
-    mask              recorded on disk first: from here on the stage is used up, at the lenders too
+    mask              recorded on disk first: from here on the stage is used up, at the lenders too (but where all
+                      refuse one lender's shares: then it is tried again without that one)
     confirm, unmask   the survivors agree on who they are, then give back what takes the masks off the sum
 
 The open and share of the following stage ride along with confirm and unmask, so that a steady round is three exchanges.
@@ -26,9 +27,10 @@ from fedfin.errors import LinkError, ProtocolRefusalError, RoundAbortedError
 from fedfin.privacy.combiner import Combiner
 from fedfin.privacy.encoding import Layout, unpack
 from fedfin.privacy.sum_context import SumContext, roster_digest, threshold_of
+from fedfin.server.dealers import bad_dealers
 from fedfin.server.exchange import Exchange
 from fedfin.server.jobs import Say
-from fedfin.server.roster import AskedSum, FederationStore
+from fedfin.server.roster import LEFT_OUT, AskedSum, FederationStore
 from fedfin.server.summing import CohortSums, Stage, SumLostError, SumShortError, Upcoming
 from fedfin.update import (
     Advertised,
@@ -110,7 +112,8 @@ class SecureSums:
             store: Where attempts are counted and sums that were asked for are marked.
             job: What the sums are about.
             say: Told of rules by which a lender refused.
-            refuse: Told of a lender that refused for another reason than a rule of the sum: its part in the job ends.
+            refuse: Told of a lender whose part in the job ends, and why: it refused for another reason than a rule of
+                the sum, or dealt shares that do not open.
         """
         self._exchange = exchange
         self._store = store
@@ -221,12 +224,40 @@ class SecureSums:
             requests = {name: Mask(self._job.job_id, run.id, sealed[name], asked_bytes) for name in some}
             self._each(run, requests, Masked, fold)
         run.exchanges += 1
+        self._leave_out_dealers(run, asked)
         if len(run.combiner.survivors) < least:
             msg = (
                 f"{stage.name}: {len(run.combiner.survivors)} lenders sent a masked vector, and {least} must; nothing"
                 " was unmasked"
             )
             raise RoundAbortedError(msg)
+
+    def _leave_out_dealers(self, run: _Sum, asked: frozenset[str]) -> None:
+        """Leave out of the job who dealt shares that do not open; try the stage again if nobody else used it up.
+
+        The mark goes first: killed in between, the coordinator asks again, and finds out again.
+        """
+        found = bad_dealers(
+            {name: run.failures[name] for name in asked & run.refused},
+            asked=asked,
+            sharers=run.combiner.sharers,
+            num_lenders=run.context.num_lenders,
+        )
+        if not found.named_by:
+            return
+        stage, attempt = run.context.stage, run.context.attempt
+        if found.nothing_left:
+            self._store.unmark_asked(self._job.job_id, stage, attempt)
+        self._say({"event": "sum_liars", "stage": stage, "lenders": list(found.named_by)})
+        for name, by in found.named_by.items():
+            reason = (
+                f"it dealt shares that do not open, as {len(by)} of {run.context.num_lenders} lenders say"
+            )
+            run.failures[name] = reason
+            self._refuse(name, f"{LEFT_OUT}{reason}")
+        if found.nothing_left:
+            others = {name: why for name, why in run.failures.items() if name not in found.witnesses}
+            raise SumShortError(others, run.refused - found.witnesses)
 
     def _confirmed(self, run: _Sum, following: Upcoming | None) -> _Sum | None:
         """Have the survivors confirmed, and the following stage opened; return it, or None."""

@@ -175,7 +175,9 @@ def check_round(
         msg = (
             f"the sum of {num_lenders} lenders has weight {weight:g}, where {least:g} to {most:g} is possible, and an"
             f" update of up to {moved:g}: no lenders' answers add up to it, the round is void. One of them sent what is"
-            " no update, and masks hide which: find it with the lenders before you start again"
+            " no update, and masks hide which. Find it with the lenders and run `fedfin server remove NAME`, then"
+            " `fedfin server --new-job`, whose roster each lender's engineer approves: of this model this job may ask"
+            " the same lenders only"
         )
         raise TrainingError(msg)
 
