@@ -37,7 +37,7 @@ test: $(STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -m slow --timeout 900 $(ARGS)
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --timeout 900 $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff check .
