@@ -58,7 +58,7 @@ def check_plan(plan: JobPlan, policy: LenderPolicy) -> None:
     if plan.aggregation == "secure" and plan.cohort.min_lenders < policy.min_cohort:
         msg = (
             f"cohort.min_lenders is {plan.cohort.min_lenders}, and this lender joins cohorts of {policy.min_cohort}"
-            " and more only; raise it"
+            " and more only; raise it, or the lender lowers policy.min_cohort in its bank.yaml and restarts"
         )
         raise PolicyRefusalError(msg)
 
