@@ -55,8 +55,10 @@ def test_the_default_plan_passes_the_default_policy():
         (
             {"cohort": {"min_lenders": 4}},
             {},
-            "cohort.min_lenders is 4, and this lender joins cohorts of 5 and more only; raise it, or the lender"
-            " lowers policy.min_cohort in its bank.yaml and restarts",
+            (
+                "cohort.min_lenders is 4, and this lender joins cohorts of 5 and more only; raise it, or the lender"
+                " lowers policy.min_cohort in its bank.yaml and restarts"
+            ),
         ),
     ],
     ids=["no-privacy", "plain", "delta", "model", "rounds", "cohort"],
