@@ -130,7 +130,7 @@ def accept_job(
         aggregation=plan.aggregation,
         mode=plan.privacy.mode,
         epsilon=None if plan.privacy.mode == "none" else plan.privacy.epsilon,
-        weight=weight,
+        weight=weight if plan.aggregation == "plain" else None,
         snapshot=loans.snapshot.digest,
     )
     say(f"accepted job {job_id} ({plan.model.kind}, {plan.training.rounds} rounds, {_privacy(plan)})")

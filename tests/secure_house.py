@@ -21,6 +21,7 @@ from fedfin.identity import public_pem
 from fedfin.invitation import Invitation
 from fedfin.plan import JobPlan
 from fedfin.privacy.ledger import Ledger
+from fedfin.server import delivery, gathering, rounds
 from fedfin.server.exchange import Answers
 from fedfin.server.jobs import choose_job
 from fedfin.server.roster import FederationStore, Member
@@ -54,6 +55,13 @@ def job_of(mode="none", *, rounds=3, times=0, min_lenders=4, **sections):
             **sections,
         }
     )
+
+
+def hurry(monkeypatch):
+    """Let a coordinator in this process wait for nobody."""
+    for module in (delivery, gathering, rounds):
+        monkeypatch.setattr(module, "WAIT_S", 0.001)
+    monkeypatch.setattr(rounds, "_EVALUATION_PAUSE_S", 0.001)
 
 
 class WatchedStore(FederationStore):

@@ -1,7 +1,7 @@
 """A lender that deals shares that do not open: who names it, when it is left out, what is asked again without it."""
 
 import pytest
-from secure_house import MUTE, Killed, SecureHouse, job_of
+from secure_house import MUTE, Killed, SecureHouse, hurry, job_of
 from secure_lenders import NAMES
 
 from fedfin.client.folder import LenderFolder
@@ -10,7 +10,6 @@ from fedfin.errors import ProtocolRefusalError, QuorumError
 from fedfin.privacy.participant import Participant
 from fedfin.privacy.sum_rules import RULES, refusal
 from fedfin.privacy.sum_shares import SEALED_BYTES, accused, unseal
-from fedfin.server import delivery, gathering, rounds
 from fedfin.server.dealers import bad_dealers
 from fedfin.update import Mask, Refused
 
@@ -20,9 +19,7 @@ OTHERS = NAMES[:-1]
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch):
-    for module in (delivery, gathering, rounds):
-        monkeypatch.setattr(module, "WAIT_S", 0.001)
-    monkeypatch.setattr(rounds, "_EVALUATION_PAUSE_S", 0.001)
+    hurry(monkeypatch)
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """The job's loop against lenders in memory: quorum, deadlines, refusals, and a death at every single step."""
 
-import contextlib
 import re
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from secure_house import WatchedStore, hurry
 
 from fedfin.credit.binning import Bins, histogram_size
 from fedfin.credit.drift import num_cells
@@ -15,7 +15,7 @@ from fedfin.credit.score_counts import evaluation_cells
 from fedfin.errors import ConfigError, FedfinError, QuorumError
 from fedfin.invitation import Invitation
 from fedfin.plan import JobPlan, TrainingPlan
-from fedfin.server import delivery, gathering, rounds
+from fedfin.server import gathering
 from fedfin.server.exchange import Answers
 from fedfin.server.jobs import choose_job
 from fedfin.server.plain_sums import PlainSums
@@ -116,21 +116,6 @@ class Lender:
         return [question for question in self.asked if isinstance(question, kind)]
 
 
-class WatchedStore(FederationStore):
-    """The store, with a step of the process before and after every transaction that writes."""
-
-    def __init__(self, path, on_step):
-        super().__init__(path)
-        self._on_step = on_step
-
-    @contextlib.contextmanager
-    def _write(self):
-        self._on_step()
-        with super()._write() as db:
-            yield db
-        self._on_step()
-
-
 class House:
     """Lenders, the coordinator's store and what it said; the Exchange of the tests."""
 
@@ -209,8 +194,7 @@ class House:
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch):
-    for module in (delivery, gathering, rounds):
-        monkeypatch.setattr(module, "WAIT_S", 0.001)
+    hurry(monkeypatch)
     monkeypatch.setattr(gathering, "SILENT_S", 0.01)
 
 

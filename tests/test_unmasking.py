@@ -7,12 +7,12 @@ from collections import defaultdict
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from secure_house import AWAY, EXCHANGES, MUTE, Killed, SecureHouse, job_of
+from secure_house import AWAY, EXCHANGES, MUTE, Killed, SecureHouse, hurry, job_of
 from secure_lenders import NAMES
 
 from fedfin.errors import QuorumError
 from fedfin.privacy.participant import Participant
-from fedfin.server import delivery, gathering, rounds, unmasking
+from fedfin.server import unmasking
 from fedfin.server.roster import FederationStore
 from fedfin.strategies.fedavg import fedavg
 from fedfin.strategies.strategy import ModelState
@@ -37,9 +37,7 @@ OTHERS = NAMES[:-1]
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch):
-    for module in (delivery, gathering, rounds):
-        monkeypatch.setattr(module, "WAIT_S", 0.001)
-    monkeypatch.setattr(rounds, "_EVALUATION_PAUSE_S", 0.001)
+    hurry(monkeypatch)
 
 
 @pytest.fixture
