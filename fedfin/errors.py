@@ -29,6 +29,19 @@ class PolicyRefusalError(FedfinError):
     """The lender's own policy forbids what the coordinator asked."""
 
 
+class NotYetError(PolicyRefusalError):
+    """The lender's policy does not allow it now, and may later: the coordinator asks again by itself.
+
+    Args:
+        waits: What is waited for: `approval` or `hours`.
+        what: What was seen, without more than the coordinator may know.
+    """
+
+    def __init__(self, waits: str, what: str) -> None:
+        super().__init__(what)
+        self.waits = waits
+
+
 class PrivacyParameterError(FedfinError):
     """A privacy parameter has no meaning or would give no protection."""
 
