@@ -19,7 +19,17 @@ from fedfin.audit.events import EVENT_TYPES, Event, UnknownEvent
 from fedfin.errors import AuditError
 from fedfin.invitation import LENDER_NAME_PATTERN
 
-__all__ = ["MAX_LEAF_BYTES", "Entry", "canonical_json", "parse_leaf", "sign_entry", "utc_now"]
+__all__ = [
+    "MAX_LEAF_BYTES",
+    "Entry",
+    "canonical_json",
+    "event_json",
+    "parse_leaf",
+    "sign_entry",
+    "signed_leaf",
+    "signed_part",
+    "utc_now",
+]
 
 MAX_LEAF_BYTES: Final = 256 * 1024
 """A leaf is at most this long: a cohort of a thousand names fits."""
@@ -29,6 +39,8 @@ _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2
 _SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
 _KEYS: Final = frozenset({"actor", "event", "seq", "signature", "time"})
 _LARGEST: Final = 2**53 - 1
+_TIME_BYTES: Final = len(',"time":"2026-01-02T03:04:05.678Z"}')
+_SIGNATURE_BYTES: Final = len(',"signature":""') + 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +67,7 @@ class Entry:
         Raises:
             AuditError: The entry is too large.
         """
-        return _encode(self, self.signature)
+        return _encode(self.seq, self.time, self.actor, event_json(self.event), self.signature)
 
     def verify(self, key: Ed25519PublicKey, origin: str) -> None:
         """Check the signature.
@@ -68,7 +80,8 @@ class Entry:
             AuditError: The key did not sign this entry of this log.
         """
         try:
-            key.verify(self.signature, _message(self, origin))
+            text = _text(self.seq, self.time, self.actor, event_json(self.event))
+            key.verify(self.signature, _message(text, origin))
         except InvalidSignature as error:
             msg = (
                 f"entry {self.seq} is not signed by the key of {self.actor} for the log {origin}: it was changed"
@@ -81,8 +94,36 @@ def sign_entry(
     seq: int, time: str, actor: str, event: Event, *, key: Ed25519PrivateKey, origin: str
 ) -> Entry:
     """Return a signed entry."""
-    bare = Entry(seq=seq, time=time, actor=actor, event=event, signature=b"")
-    return Entry(seq=seq, time=time, actor=actor, event=event, signature=key.sign(_message(bare, origin)))
+    text = _text(seq, time, actor, event_json(event))
+    return Entry(seq=seq, time=time, actor=actor, event=event, signature=key.sign(_message(text, origin)))
+
+
+def signed_leaf(
+    seq: int, time: str, actor: str, event_text: str, *, key: Ed25519PrivateKey, origin: str
+) -> bytes:
+    """Return the leaf of a signed entry, for a log that appends many.
+
+    Args:
+        seq: The entry's index.
+        time: As `utc_now` gives it.
+        actor: The log's owner.
+        event_text: As `event_json` gives it.
+        key: The actor's identity key.
+        origin: The log's.
+
+    Raises:
+        AuditError: The entry is too large.
+    """
+    signature = key.sign(_message(_text(seq, time, actor, event_text), origin))
+    return _encode(seq, time, actor, event_text, signature)
+
+
+def signed_part(leaf: bytes, origin: str) -> tuple[bytes, bytes]:
+    """Return what the actor signed and its signature, of a leaf that `parse_leaf` has accepted."""
+    cut = len(leaf) - _TIME_BYTES
+    start = cut - _SIGNATURE_BYTES
+    signature = bytes.fromhex(leaf[cut - 129 : cut - 1].decode())
+    return _LABEL + origin.encode() + b"\n" + leaf[:start] + leaf[cut:], signature
 
 
 def parse_leaf(leaf: bytes) -> Entry:
@@ -95,7 +136,7 @@ def parse_leaf(leaf: bytes) -> Entry:
     """
     try:
         entry = _parse(leaf)
-        same = _encode(entry, entry.signature) == leaf
+        same = entry.to_leaf() == leaf
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         # Not `from error`: pydantic's message quotes the value.
         msg = f"an entry does not parse ({_why(error)}); the log was changed, or is no log of fedfin"
@@ -125,23 +166,22 @@ def _dump(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def _content(event: Event) -> dict[str, Any]:
-    if isinstance(event, UnknownEvent):
-        content: dict[str, Any] = json.loads(event.content)
-        return content
-    return event.model_dump(exclude_none=True)
+def event_json(event: Event) -> str:
+    """Return the event's canonical JSON."""
+    return event.content if isinstance(event, UnknownEvent) else _dump(event.model_dump(exclude_none=True))
 
 
-def _fields(entry: Entry) -> dict[str, Any]:
-    return {"actor": entry.actor, "event": _content(entry.event), "seq": entry.seq, "time": entry.time}
+def _text(seq: int, time: str, actor: str, event_text: str, mark: str = "") -> str:
+    """Return an entry's JSON, its keys in their order; `mark` is the signature's field."""
+    return f'{{"actor":{_dump(actor)},"event":{event_text},"seq":{seq}{mark},"time":{_dump(time)}}}'
 
 
-def _message(entry: Entry, origin: str) -> bytes:
-    return _LABEL + origin.encode() + b"\n" + _dump(_fields(entry)).encode()
+def _message(text: str, origin: str) -> bytes:
+    return _LABEL + origin.encode() + b"\n" + text.encode()
 
 
-def _encode(entry: Entry, signature: bytes) -> bytes:
-    leaf = _dump(_fields(entry) | {"signature": signature.hex()}).encode()
+def _encode(seq: int, time: str, actor: str, event_text: str, signature: bytes) -> bytes:
+    leaf = _text(seq, time, actor, event_text, f',"signature":"{signature.hex()}"').encode()
     if len(leaf) > MAX_LEAF_BYTES:
         msg = f"an entry of {len(leaf)} bytes is larger than {MAX_LEAF_BYTES}; log its digest and keep it in a file"
         raise AuditError(msg)
