@@ -54,6 +54,10 @@ class LedgerError(FedfinError):
     """The privacy ledger cannot record, or holds what it cannot account for: work stops."""
 
 
+class AuditError(FedfinError):
+    """A log cannot be written or read, or holds what cannot be true: work that would go unlogged stops."""
+
+
 class TrainingError(FedfinError):
     """Local training gave something that may not leave the lender (not finite, empty)."""
 

@@ -11,7 +11,8 @@ the sum: every `add_` raises `ProtocolRefusalError`, changes nothing, and the ca
 
 Each share that comes back is checked against its owner's commitment, so a helper that lies is found at once, and its
 other shares are used as they are: however many lie, t right shares of each owner suffice, and no search is needed. A
-sharer whose shares lie on no polynomial of its advert's secret makes the sum abort, and is named; it learns nothing.
+sharer whose shares lie on no polynomial of its advert's secret makes the sum abort, and learns nothing. It is at fault
+itself: who gives its shares back cannot alter what it committed to. All such are named, for later sums without them.
 """
 
 from collections.abc import Container, Mapping, Sized
@@ -63,6 +64,7 @@ class Combiner:
         self._shares: dict[str, dict[int, bytes]] = {}  # right ones only: by owner, then point
         self._helpers: set[str] = set()
         self._liars: set[str] = set()
+        self._false_dealers: set[str] = set()
         self._opened = self._shared = self._settled = self._finished = False
         self._asked = b""
 
@@ -83,8 +85,13 @@ class Combiner:
 
     @property
     def liars(self) -> tuple[str, ...]:
-        """Lenders that gave back a wrong share or dealt shares of no secret, sorted."""
+        """Helpers that gave back another share than they were handed, sorted; the sum is right without it."""
         return tuple(sorted(self._liars))
+
+    @property
+    def false_dealers(self) -> tuple[str, ...]:
+        """Sharers whose own committed shares give no secret of their advert, sorted; known after `total`."""
+        return tuple(sorted(self._false_dealers))
 
     def add_advert(self, name: str, advert: bytes) -> None:
         """Take a lender's advert.
@@ -246,39 +253,52 @@ class Combiner:
 
         Raises:
             RoundAbortedError: Fewer than the threshold's right shares of some sharer are here (more may still be
-                added), or a sharer's shares do not give the secret of its advert.
+                added), or a sharer's shares do not give the secret of its advert (`false_dealers`).
         """
         if self._sum is None or not self._settled:
             msg = "the sum has no survivors yet"
             raise RoundAbortedError(msg)
         if not self._finished:
-            add_masks(self._sum, [mask for owner in self._sealed for mask in self._left_over(owner)], threads)
+            secrets = self._recovered()
+            left_over = [mask for owner, secret in secrets.items() for mask in self._left_over(owner, secret)]
+            add_masks(self._sum, left_over, threads)
             self._finished = True
             self._shares = {}
         return self._sum
 
-    def _left_over(self, owner: str) -> list[Mask]:
+    def _left_over(self, owner: str, secret: bytes) -> list[Mask]:
         """Return what takes the owner's masks off the sum."""
-        secret = self._recovered(owner)
         if owner in self._folded:
             return [own_mask(secret, self._asked, owner).undone()]
         key = private_key(secret)
         pairs = {peer: exchanged(key, self._adverts[peer].mask_key, peer) for peer in self._folded}
         return [pair_mask(pair, self._asked, peer, owner).undone() for peer, pair in pairs.items()]
 
-    def _recovered(self, owner: str) -> bytes:
-        """Return the owner's secret: of its own mask where it survived, of its mask key where it dropped out."""
-        shares = self._shares.get(owner, {})
-        self._check_enough(shares, f"gave back a right share of {owner}")
-        points = sorted(shares)[: self._context.threshold]
-        secret = combine({point: shares[point] for point in points})
-        if secret is None or not self._is_advertised(owner, secret):
-            self._liars.add(owner)
+    def _recovered(self) -> dict[str, bytes]:
+        """Return each sharer's secret: of its own mask where it survived, of its mask key where it dropped out.
+
+        All are looked at before the sum aborts, so that every dealer at fault is known after one sum.
+        """
+        secrets: dict[str, bytes] = {}
+        for owner in self._sealed:
+            shares = self._shares.get(owner, {})
+            points = sorted(shares)[: self._context.threshold]
+            if len(points) < self._context.threshold:
+                continue
+            secret = combine({point: shares[point] for point in points})
+            if secret is not None and self._is_advertised(owner, secret):
+                secrets[owner] = secret
+            else:
+                self._false_dealers.add(owner)
+        if self._false_dealers:
+            names = ", ".join(self.false_dealers)
             msg = (
-                f"the shares that {owner} handed out give no secret of its advert; try again without {owner}"
+                f"the shares that {names} handed out give no secret of the advert; try again without {names}"
             )
             raise RoundAbortedError(msg)
-        return secret
+        for owner in self._sealed:
+            self._check_enough(self._shares.get(owner, {}), f"gave back a right share of {owner}")
+        return secrets
 
     def _is_advertised(self, owner: str, secret: bytes) -> bool:
         advert = self._adverts[owner]

@@ -28,6 +28,7 @@ RING_BITS: Final = (24, 32)
 """The two rings, by the bits of a word."""
 
 _BLOCK: Final = 2**16  # values encoded at a time: their float64 copies stay in the second-level cache
+_LOW_24: Final = np.uint32(2**24 - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +114,12 @@ class Layout:
         """
         vector = np.empty(self.size, dtype=np.uint32)
         signed = vector.view(np.int32)
+        room = np.empty(min(_BLOCK, self.size), dtype=np.float64)  # one for all blocks: it stays in the cache
         for segment, where in self._placed(parts):
             values = np.ascontiguousarray(parts[segment.name]).reshape(-1)
             for at in range(0, segment.size, _BLOCK):
-                block = _in_quanta(values[at : at + _BLOCK], segment)
+                block = room[: min(_BLOCK, segment.size - at)]
+                _write_quanta(values[at : at + _BLOCK], segment, block)
                 _round(block, stochastic)
                 signed[where.start + at : where.start + at + len(block)] = block
         return vector
@@ -209,7 +212,10 @@ def pack(values: NDArray[np.uint32], ring_bits: int) -> bytes:
     words = np.ascontiguousarray(values, dtype="<u4")
     if ring_bits == 32:
         return words.tobytes()
-    return words.view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
+    packed, octets = np.empty(3 * len(words), dtype=np.uint8), words.view(np.uint8)
+    for place in range(3):  # one long run for each: numpy is slow at many runs of three bytes
+        packed[place::3] = octets[place::4]
+    return packed.tobytes()
 
 
 def unpack(data: bytes, size: int, ring_bits: int) -> NDArray[np.uint32]:
@@ -222,26 +228,31 @@ def unpack(data: bytes, size: int, ring_bits: int) -> NDArray[np.uint32]:
         raise refusal("malformed", f"a vector has {len(data)} bytes, not {size} words of {ring_bits} bits")
     if ring_bits == 32:
         return np.frombuffer(data, dtype="<u4").astype(np.uint32, copy=False)
-    words = np.zeros(size, dtype="<u4")
-    words.view(np.uint8).reshape(-1, 4)[:, :3] = np.frombuffer(data, dtype=np.uint8).reshape(-1, 3)
-    return words.astype(np.uint32, copy=False)
+    if size == 0:
+        return np.zeros(0, dtype=np.uint32)
+    words = np.empty(size, dtype=np.uint32)
+    # four bytes are read at every third, the fourth dropped; after the last three there is none
+    np.bitwise_and(np.ndarray(size - 1, "<u4", data, strides=(3,)), _LOW_24, out=words[:-1])
+    words[-1] = int.from_bytes(data[-3:], "little")
+    return words
 
 
 def _most_quanta(num_lenders: int, ring_bits: int) -> int:
     return ((1 << (ring_bits - 1)) - 1) // num_lenders
 
 
-def _in_quanta(values: NDArray[np.floating[Any]], segment: Segment) -> NDArray[np.float64]:
+def _write_quanta(values: NDArray[np.floating[Any]], segment: Segment, quanta: NDArray[np.float64]) -> None:
+    """Write the values as quanta, clipped and not yet rounded, into `quanta`, of the same length."""
     # before the clip, which would hide what is infinite
     if not np.isfinite(values).all():
         msg = f"{segment.name!r} holds a value that is not finite; it may not leave this lender"
         raise TrainingError(msg)
+    # copied first: float32 times a number would be computed in float32, whatever `out` is
+    np.copyto(quanta, values)
     with np.errstate(over="ignore"):  # the clip takes it
-        # dtype: float32 times a Python number would be computed in float32, whatever `out` is
-        quanta: NDArray[np.float64] = np.multiply(values, 1.0 / segment.step, dtype=np.float64)
+        np.multiply(quanta, 1.0 / segment.step, out=quanta)
     largest = float(segment.largest)
     np.clip(quanta, -largest, largest, out=quanta)
-    return quanta
 
 
 def _round(quanta: NDArray[np.float64], stochastic: WordSource | None) -> None:

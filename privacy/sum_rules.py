@@ -37,6 +37,7 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "confirmation": "a confirmation is signed by a survivor, for this sum, model, sharers and survivors",
         "too_few_confirmations": "at least the threshold of the survivors confirmed the same survivors",
         "lying_helper": "a share that is given back is the one that was handed out",
+        "false_dealer": "the shares that a sharer committed to give the secret of its advert",
     }
 )
 """What each rule asks, by the name that a refusal carries."""

@@ -27,7 +27,7 @@ from fedfin.errors import LinkError, ProtocolRefusalError, RoundAbortedError
 from fedfin.privacy.combiner import Combiner
 from fedfin.privacy.encoding import Layout, unpack
 from fedfin.privacy.sum_context import SumContext, roster_digest, threshold_of
-from fedfin.server.dealers import bad_dealers
+from fedfin.server.dealers import FALSE_DEALER, bad_dealers
 from fedfin.server.exchange import Exchange
 from fedfin.server.jobs import Say
 from fedfin.server.roster import LEFT_OUT, AskedSum, FederationStore
@@ -113,7 +113,7 @@ class SecureSums:
             job: What the sums are about.
             say: Told of rules by which a lender refused.
             refuse: Told of a lender whose part in the job ends, and why: it refused for another reason than a rule of
-                the sum, or dealt shares that do not open.
+                the sum, or dealt shares that do not open or give no secret.
         """
         self._exchange = exchange
         self._store = store
@@ -248,16 +248,23 @@ class SecureSums:
         stage, attempt = run.context.stage, run.context.attempt
         if found.nothing_left:
             self._store.unmark_asked(self._job.job_id, stage, attempt)
-        self._say({"event": "sum_liars", "stage": stage, "lenders": list(found.named_by)})
-        for name, by in found.named_by.items():
-            reason = (
-                f"it dealt shares that do not open, as {len(by)} of {run.context.num_lenders} lenders say"
-            )
-            run.failures[name] = reason
-            self._refuse(name, f"{LEFT_OUT}{reason}")
+        reasons = {
+            name: f"it dealt shares that do not open, as {len(by)} of {run.context.num_lenders} lenders say"
+            for name, by in found.named_by.items()
+        }
+        self._leave_out(run, reasons, rule=found.rule)
         if found.nothing_left:
             others = {name: why for name, why in run.failures.items() if name not in found.witnesses}
             raise SumShortError(others, run.refused - found.witnesses)
+
+    def _leave_out(self, run: _Sum, reasons: Mapping[str, str], *, rule: str) -> None:
+        """End these lenders' part in the job for good."""
+        self._say(
+            {"event": "sum_liars", "stage": run.context.stage, "rule": rule, "lenders": sorted(reasons)}
+        )
+        for name, reason in sorted(reasons.items()):
+            run.failures[name] = reason
+            self._refuse(name, f"{LEFT_OUT}{reason}")
 
     def _confirmed(self, run: _Sum, following: Upcoming | None) -> _Sum | None:
         """Have the survivors confirmed, and the following stage opened; return it, or None."""
@@ -296,9 +303,16 @@ class SecureSums:
         request = Unmask(self._job.job_id, run.id, confirmations, adverts)
         self._each(run, dict.fromkeys(helpers, request), Unmasked, take, enough=run.context.threshold)
         run.exchanges += 1
-        if run.combiner.liars:
-            self._say({"event": "sum_liars", "stage": run.context.stage, "lenders": list(run.combiner.liars)})
-        return run.combiner.total(min(_MAX_THREADS, os.cpu_count() or 1))
+        if liars := run.combiner.liars:
+            event = {"event": "sum_liars", "stage": run.context.stage, "rule": "lying_helper"}
+            self._say({**event, "lenders": list(liars)})
+        try:
+            return run.combiner.total(min(_MAX_THREADS, os.cpu_count() or 1))
+        except RoundAbortedError:
+            # These masked vectors have left, so the sum stays lost; no later one is lost by the same lender.
+            if dealers := run.combiner.false_dealers:
+                self._leave_out(run, dict.fromkeys(dealers, FALSE_DEALER), rule="false_dealer")
+            raise
 
     # What they share
 

@@ -8,6 +8,7 @@ from fedfin.client.folder import LenderFolder
 from fedfin.client.pinning import approve, pending
 from fedfin.errors import ProtocolRefusalError, QuorumError
 from fedfin.privacy.participant import Participant
+from fedfin.privacy.shamir import split
 from fedfin.privacy.sum_rules import RULES, refusal
 from fedfin.privacy.sum_shares import SEALED_BYTES, accused, unseal
 from fedfin.server.dealers import bad_dealers
@@ -40,6 +41,22 @@ def deal_badly(monkeypatch):
             if self._name == dealer and receiver in to and self._context.stage in stages:
                 return out[:-1] + bytes([out[-1] ^ 1])
             return out
+
+        monkeypatch.setattr(Participant, "_dealt", bad)
+
+    return begin
+
+
+@pytest.fixture
+def deal_falsely(monkeypatch):
+    """Have lenders deal shares that open and match their commitments, of no secret of theirs, in the stages named."""
+    dealt = Participant._dealt
+
+    def begin(*stages, dealers=(DEALER,)):
+        def bad(self, own, receiver, pair):
+            if self._name in dealers and self._context.stage in stages:
+                pair = tuple(split(bytes(32), 1, 2)[0] for _ in pair)
+            return dealt(self, own, receiver, pair)
 
         monkeypatch.setattr(Participant, "_dealt", bad)
 
@@ -140,7 +157,9 @@ def test_the_round_is_made_without_the_dealer_and_costs_the_others_once(house, d
     assert final.round == 3
     assert house.cohorts() == {1: OTHERS, 2: OTHERS, 3: OTHERS}
     assert house.said("round_lost") == []
-    assert [(line["stage"], line["lenders"]) for line in house.said("sum_liars")] == [("round 1", [DEALER])]
+    assert house.said("sum_liars") == [
+        {"event": "sum_liars", "stage": "round 1", "rule": "sealed_share", "lenders": [DEALER]}
+    ]
     reason = "it dealt shares that do not open, as 5 of 6 lenders say"
     assert house.said("refused") == [{"event": "refused", "lender": DEALER, "reason": f"left out: {reason}"}]
     (line,) = house.said("round_short")
@@ -243,6 +262,67 @@ def test_a_quorum_that_is_lost_with_the_dealer_says_what_works(house, deal_badly
         house.run(job_of(min_lenders=6))
 
 
+# Shares that open, and give no secret
+
+NO_SECRET = "the shares that it dealt give no secret of its advert"
+
+
+@pytest.mark.parametrize("mode", ["none", "local", "shared"])
+def test_who_deals_shares_of_no_secret_loses_one_round_and_is_left_out(house, deal_falsely, mode):
+    """Before, every round of the job was lost by it, and charged."""
+    deal_falsely("round 2", "round 3")
+    expected = (
+        rf"an earlier sum like round 3 was lost; .* and {DEALER} takes no part any more\."
+        rf" {DEALER} was left out, since {NO_SECRET}\."
+        rf" Run `fedfin server remove {DEALER}`, then `fedfin server --new-job`"
+    )
+    with pytest.raises(QuorumError, match=expected):
+        house.run(job_of(mode))
+    (lost,) = house.said("round_lost")
+    assert (lost["round"], lost["missing"]) == (2, {DEALER: NO_SECRET})
+    (found,) = house.said("sum_liars")
+    assert found == {"event": "sum_liars", "stage": "round 2", "rule": "false_dealer", "lenders": [DEALER]}
+    assert house.said("refused") == [
+        {"event": "refused", "lender": DEALER, "reason": f"left out: {NO_SECRET}"}
+    ]
+    spent = {"bins": 1, "round 1": 1, "round 2": 1} if mode != "none" else {}
+    assert all(house.charges(name) == spent for name in NAMES)
+
+
+def test_a_judgement_that_such_a_dealer_spoils_is_left_out_and_the_rounds_go_on_without_it(
+    house, deal_falsely
+):
+    deal_falsely("evaluation 1", "round 3")
+    house.run(job_of("local", times=2))
+    assert [line["evaluation"] for line in house.said("evaluation_lost")] == [1]
+    assert house.cohorts()[3] == OTHERS
+    assert house.said("round_lost") == []
+    assert [line["stage"] for line in house.said("sum_liars")] == ["evaluation 1"]
+
+
+def test_all_who_deal_so_are_left_out_after_one_sum(house, deal_falsely):
+    both = (NAMES[0], DEALER)
+    deal_falsely("round 1", "round 2", dealers=both)
+    with pytest.raises(QuorumError, match=f"remove {NAMES[0]}`, `fedfin server remove {DEALER}`"):
+        house.run(job_of("local"))
+    assert [line["lenders"] for line in house.said("sum_liars")] == [list(both)]
+
+
+def test_a_job_without_such_a_dealer_is_made(house, deal_falsely):
+    """What the message says works."""
+    deal_falsely("round 1", "round 2", "round 3")
+    with pytest.raises(QuorumError):
+        house.run(job_of("local"))
+    house.store.remove(DEALER)
+    with pytest.raises(QuorumError, match="roster_changed"):
+        house.run(job_of("local"), new_job=True)
+    for name in OTHERS:
+        folder = LenderFolder(house.banks[name])
+        approve(folder, pending(folder))
+    assert house.run(job_of("local")).round == 3
+    assert house.cohorts() == {1: OTHERS, 2: OTHERS, 3: OTHERS}
+
+
 # A coordinator that is killed
 
 
@@ -311,3 +391,14 @@ def test_killed_before_the_refusals_are_known_the_job_ends_with_the_dealers_name
     ):
         house.run(job_of("local"))
     assert all(house.charges(name) == {"bins": 1} for name in OTHERS)
+
+
+def test_killed_when_such_shares_have_lost_a_round_it_finds_out_again(house, deal_falsely):
+    deal_falsely("round 1", "round 2", "round 3")
+    lost = lambda: bool(house.said("sum_liars"))  # noqa: E731
+    killed_where(house, job_of("local"), lost)
+    assert left_out(house) == []
+    with pytest.raises(QuorumError, match=f"{DEALER} was left out, since {NO_SECRET}"):
+        house.run(job_of("local"))
+    assert left_out(house) == [DEALER]
+    assert [line["stage"] for line in house.said("sum_liars")] == ["round 1", "round 2"]

@@ -84,7 +84,7 @@ def check_sum(data, num):
     # the oracle: whole numbers of quanta, added in 64 bits, never masked
     expected = sum(vectors[name].view(np.int32).astype(np.int64) for name in staying["mask"])
     assert_array_equal(total["update"], expected * step)
-    assert running.combiner.liars == ()
+    assert running.combiner.liars == running.combiner.false_dealers == ()
 
 
 @settings(max_examples=30, deadline=None)
@@ -209,24 +209,62 @@ def test_one_lie_too_many_aborts_and_opens_nothing():
     assert not np.array_equal(masked, expected)
 
 
-@pytest.mark.parametrize("dropped", [(), (OTHER,)], ids=["own mask", "mask key"])
-def test_a_sharer_whose_shares_give_no_secret_is_named_and_the_round_aborts(monkeypatch, dropped):
-    running = new_sum(6)
+def dealt_falsely(monkeypatch, dealers, dropped=(), num=6):
+    """A sum that is confirmed, where these lenders dealt shares that open and match, and are of no secret of theirs."""
+    running = new_sum(num)
     running.open()
     for name in running.names:
         with monkeypatch.context() as patched:
-            if name == OTHER:
+            if name in dealers:
                 patched.setattr(participant, "split", lambda _, t, n: shamir.split(bytes(32), t, n))
             running.combiner.add_sealed(name, running.participants[name].share(running.adverts))
     running.ask()
     running.mask([name for name in running.names if name not in dropped])
     running.confirm()
+    return running
+
+
+@pytest.mark.parametrize("dropped", [(), (OTHER,)], ids=["own mask", "mask key"])
+def test_a_sharer_whose_shares_give_no_secret_is_named_and_the_round_aborts(monkeypatch, dropped):
+    running = dealt_falsely(monkeypatch, {OTHER}, dropped)
     running.unmask()
     masked = running.combiner._sum.copy()
     with pytest.raises(RoundAbortedError, match=f"try again without {OTHER}"):
         running.combiner.total()
-    assert running.combiner.liars == (OTHER,)
+    assert running.combiner.false_dealers == (OTHER,)
+    assert running.combiner.liars == ()  # nobody gave back what was not handed out
     assert_array_equal(running.combiner._sum, masked)
+
+
+def test_every_dealer_at_fault_is_known_after_one_sum(monkeypatch):
+    running = dealt_falsely(monkeypatch, {"bank-01", "bank-04"})
+    running.unmask()
+    with pytest.raises(RoundAbortedError, match="try again without bank-01, bank-04"):
+        running.combiner.total()
+    assert running.combiner.false_dealers == ("bank-01", "bank-04")
+
+
+def test_a_helper_that_lies_about_a_dealer_at_fault_is_told_apart_from_it(monkeypatch):
+    running = dealt_falsely(monkeypatch, {"bank-04"})
+    for name, shares in given_back(running).items():
+        if name == "bank-01":
+            turned_away("lying_helper", running.combiner.add_shares, name, shares | {"bank-04": bytes(33)})
+        else:
+            running.combiner.add_shares(name, shares)
+    with pytest.raises(RoundAbortedError, match="try again without bank-04"):
+        running.combiner.total()
+    assert running.combiner.liars == ("bank-01",)
+    assert running.combiner.false_dealers == ("bank-04",)
+
+
+def test_helpers_that_lie_cannot_make_a_sharer_look_at_fault():
+    """Not even as many as abort the sum: what they give back is not what it committed to."""
+    running, _ = summed(7)
+    for name, shares in given_back(running).items():
+        turned_away("lying_helper", running.combiner.add_shares, name, shares | {"bank-03": bytes(33)})
+    with pytest.raises(RoundAbortedError, match="0 lenders gave back a right share of bank-03"):
+        running.combiner.total()
+    assert running.combiner.false_dealers == ()
 
 
 # What the coordinator turns away, one lender at a time
