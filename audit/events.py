@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -35,6 +36,7 @@ __all__ = [
     "Export",
     "Failure",
     "Fork",
+    "Founding",
     "Gate",
     "Incident",
     "JobEnded",
@@ -43,6 +45,7 @@ __all__ = [
     "PlanProposed",
     "Policy",
     "Pruned",
+    "Receipt",
     "Refusal",
     "Release",
     "Retirement",
@@ -56,6 +59,7 @@ __all__ = [
     "Side",
     "UnknownEvent",
     "bounded",
+    "names_digest",
     "real",
     "salted_digest",
 ]
@@ -65,7 +69,7 @@ Side = Literal["coordinator", "lender"]
 LEAST_COHORT: Final = 3
 """Fewer lenders than this have no common metric that is not nearly one lender's own."""
 
-_REASON_LENGTH: Final = 500
+_REASON_LENGTH: Final = 1000
 _MOST_MEMBERS: Final = 1000
 _LARGEST_COUNT: Final = 2**53 - 1  # what every reader of JSON holds exactly (RFC 8785)
 
@@ -107,6 +111,20 @@ class Event(BaseModel):
 
 
 # --- who takes part ---------------------------------------------------------------------------------------------
+
+
+class Founding(Event):
+    """The log begins; its first entry. At the coordinator the federation was founded."""
+
+    type: Literal["founding"] = "founding"
+    version: Literal[1] = 1
+    federation: Name
+    root: Digest = Field(description="Fingerprint of the federation's root certificate.")
+    identity: Digest = Field(description="Fingerprint of the log's first key.")
+    release: Label
+    earlier: Digest | None = Field(
+        default=None, description="SHA-256 of the text log that an older release of fedfin kept here."
+    )
 
 
 class Enrolment(Event):
@@ -379,6 +397,19 @@ class Release(Event):
     num_lenders: Count
 
 
+class Receipt(Event):
+    """A lender confirmed, with its signature, that it knows of a job's end and keeps the model that came with it."""
+
+    sides = _COORDINATOR
+    type: Literal["receipt"] = "receipt"
+    version: Literal[1] = 1
+    job: JobId
+    member: Name
+    status: Literal["completed", "abandoned"]
+    model: Digest | None = None
+    signature: SignatureHex
+
+
 class ModelKept(Event):
     """A lender keeps a model that it was sent."""
 
@@ -509,6 +540,7 @@ class UnknownEvent(Event):
 
 
 _KNOWN: Final[tuple[type[Event], ...]] = (
+    Founding,
     Enrolment,
     RosterVersion,
     Rotation,
@@ -528,6 +560,7 @@ _KNOWN: Final[tuple[type[Event], ...]] = (
     Evaluation,
     Gate,
     Release,
+    Receipt,
     ModelKept,
     Retirement,
     Service,
@@ -561,6 +594,11 @@ def salted_digest(salt: bytes, content: bytes) -> str:
     return hmac.new(salt, content, hashlib.sha256).hexdigest()
 
 
+def names_digest(names: Iterable[str]) -> str:
+    """Return the SHA-256 of the names in their order, hex: both sides log the same of one set of lenders."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+
+
 def real(value: float) -> str:
     """Return a finite number as the text an event holds: the shortest that gives the same float64 again.
 
@@ -575,6 +613,6 @@ def real(value: float) -> str:
 
 
 def bounded(text: str) -> str:
-    """Return a reason as an event may hold it: one line, at most 500 characters, the rest cut with an ellipsis."""
+    """Return a reason as an event may hold it: one line, at most 1000 characters, the rest cut with an ellipsis."""
     line = " ".join(re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", " ", text).split()) or "not said"
     return line if len(line) <= _REASON_LENGTH else line[: _REASON_LENGTH - 1] + "\u2026"

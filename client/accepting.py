@@ -1,13 +1,14 @@
 """How a lender accepts a job: within its policy, with a roster it goes by, and with the whole cost reserved."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
+from fedfin.audit.events import Approval, Budget, Consent, Event, PlanProposed, bounded, real
 from fedfin.client.folder import LenderFolder
 from fedfin.client.pinning import accept_roster
-from fedfin.client.policy import check_colluders, check_plan
+from fedfin.client.policy import check_colluders
 from fedfin.client.scoring import event_of_evaluation, reserve_evaluations
 from fedfin.client.stages import Stages
 from fedfin.errors import BudgetSpentError, DataError, LinkError, PolicyRefusalError
@@ -53,7 +54,6 @@ def check_proposal(question: Propose, plan: JobPlan, folder: LenderFolder, own_k
         ProtocolRefusalError: This lender does not go by the roster; see `accept_roster`.
         LinkError: The roster does not parse, or came with a plan of plain aggregation.
     """
-    check_plan(plan, folder.config.policy)
     if plan.aggregation == "plain":
         if question.roster:
             msg = "a job of aggregation plain came with a roster; both sides must run the same release"
@@ -80,6 +80,8 @@ def accept_job(
     stages: Stages,
     ledger: Ledger,
     say: Callable[[str], None],
+    *,
+    approvers: Sequence[str] = (),
 ) -> None:
     """Reserve a new job's whole cost and keep what was agreed to, durably.
 
@@ -91,6 +93,7 @@ def accept_job(
         stages: Of the loans as they are now.
         ledger: The lender's.
         say: Prints a line for people.
+        approvers: Fingerprints of the keys that approved it, where the policy asks for that.
 
     Raises:
         BudgetSpentError: The training loans' budget does not allow the job.
@@ -113,27 +116,53 @@ def accept_job(
             epsilon_limit=policy.epsilon_limit,
             max_delta=policy.max_delta,
         )
+    counted = _reserve_evaluations(job_id, plan, num_members, folder, stages, ledger, say)
+    folder.journal.write(*_entries(question, plan, folder, loans.snapshot.digest, approvers))
     # After the reservation: killed in between, the same proposal reserves the same thing again.
     folder.job(job_id).accept(
         job=job_id,
         plan=question.plan,
         plan_digest=plan.digest(),
         snapshot=loans.snapshot.digest,
-        counted=_reserve_evaluations(job_id, plan, num_members, folder, stages, ledger, say),
+        counted=counted,
         roster=question.roster,
         weight=weight,
-    )
-    folder.journal.write(
-        "job_accepted",
-        job=job_id,
-        plan=plan.digest(),
-        aggregation=plan.aggregation,
-        mode=plan.privacy.mode,
-        epsilon=None if plan.privacy.mode == "none" else plan.privacy.epsilon,
-        weight=weight if plan.aggregation == "plain" else None,
-        snapshot=loans.snapshot.digest,
+        approvers=" ".join(approvers),
     )
     say(f"accepted job {job_id} ({plan.model.kind}, {plan.training.rounds} rounds, {_privacy(plan)})")
+
+
+def _entries(
+    question: Propose, plan: JobPlan, folder: LenderFolder, snapshot: str, approvers: Sequence[str]
+) -> tuple[Event, ...]:
+    """Return what the log says of an accepted job: the plan, who approved it, what is reserved, the consent."""
+    job_id, digest, private = question.job_id, plan.digest(), plan.privacy.mode != "none"
+    epsilon, delta = (real(plan.privacy.epsilon), real(plan.privacy.delta)) if private else (None, None)
+    reserved = Budget(
+        action="reserve",
+        job=job_id,
+        snapshot=snapshot,
+        epsilon=epsilon,
+        delta=delta,
+        relation="add_or_remove_one",
+    )
+    return (
+        PlanProposed(
+            job=job_id,
+            digest=digest,
+            model=plan.model.kind,
+            strategy=plan.training.strategy,
+            aggregation=plan.aggregation,
+            mode=plan.privacy.mode,
+            epsilon=epsilon,
+            delta=delta,
+            rounds=plan.training.rounds,
+            least_cohort=plan.cohort.min_lenders,
+        ),
+        *(Approval(subject="job", job=job_id, digest=digest, approver=approver) for approver in approvers),
+        *([reserved] if private else []),
+        Consent(job=job_id, member=folder.config.name, plan=digest, decision="accepted"),
+    )
 
 
 def _reserve_evaluations(
@@ -152,9 +181,20 @@ def _reserve_evaluations(
     if not plan.evaluation.times:
         return ""
     try:
+        if not folder.config.policy.allow_evaluations:
+            msg = "this lender's policy.allow_evaluations is false"
+            raise PolicyRefusalError(msg)
         counted = reserve_evaluations(ledger, job_id, plan, stages.loans, folder.config.policy, num_members)
-    except (BudgetSpentError, DataError) as error:
-        folder.journal.write("evaluations_declined", job=job_id, reason=str(error))
+    except (BudgetSpentError, DataError, PolicyRefusalError) as error:
+        folder.journal.note(
+            Consent(
+                job=job_id,
+                member=folder.config.name,
+                plan=plan.digest(),
+                decision="evaluations declined",
+                reason=bounded(str(error)),
+            )
+        )
         say(f"job {job_id}: this lender trains, and takes no part in the evaluations: {error}")
         return ""
     return counted.snapshot.digest

@@ -7,15 +7,16 @@ answer that was kept but not charged never left, so it is made anew. Why in this
 import hashlib
 from collections.abc import Callable
 
-from fedfin.audit.journal import Journal
+from fedfin.audit.events import Budget, Event, Exchange, Failure, bounded
 from fedfin.client.accepted import AcceptedJob
+from fedfin.client.journal import Journal
 from fedfin.client.refusing import WORK_FAILED
-from fedfin.client.work import Work
+from fedfin.client.work import ResultT, Work
 from fedfin.errors import LedgerError, PolicyRefusalError
 from fedfin.privacy.ledger import Ledger
 from fedfin.update import Message, Refused, encode
 
-__all__ = ["answer_once", "charged_failure"]
+__all__ = ["answer_once", "charge_of", "charged_failure"]
 
 
 def answer_once(
@@ -52,7 +53,7 @@ def answer_once(
         if kept[:32] != asked:
             msg = f"{work.stage} of job {job.job_id} was answered for another model already; a stage has one answer"
             raise PolicyRefusalError(msg)
-        journal.write("answer_repeated", job=job.job_id, stage=work.stage)
+        journal.note(Exchange(job=job.job_id, stage=work.stage, step="repeated", cohort_size=0))
         return kept[32:]
     if charged and work.events:
         msg = f"{work.stage} of job {job.job_id} was charged but its answer is gone; it is not made twice"
@@ -62,7 +63,10 @@ def answer_once(
     digest = hashlib.sha256(answer).hexdigest()
     if work.events:
         ledger.commit(work.charged_to, work.stage, work.events, digest)
-    journal.write("released", job=job.job_id, stage=work.stage, digest=digest)
+    journal.note(
+        *charge_of(job, work),
+        Exchange(job=job.job_id, stage=work.stage, step="released", cohort_size=0, digest=digest),
+    )
     say(f"job {job.job_id}: {work.stage} answered")
     return answer
 
@@ -71,9 +75,24 @@ def charged_failure(
     job: AcceptedJob, stage: str, error: Exception, journal: Journal, say: Callable[[str], None]
 ) -> Refused:
     """Return what is answered in the place of private work that failed; it is charged like work that succeeded."""
-    journal.write("work_failed", job=job.job_id, stage=stage, reason=str(error))
+    journal.note(Failure(job=job.job_id, stage=stage, reason=bounded(str(error))))
     say(f"job {job.job_id}: {stage} failed, and is charged all the same: {error}")
     return Refused(job.job_id, WORK_FAILED)
+
+
+def charge_of(job: AcceptedJob, work: Work[ResultT]) -> tuple[Event, ...]:
+    """Return the log's entry of what the ledger was charged for a stage; none where nothing was."""
+    if not work.events:
+        return ()
+    counted = work.charged_to != job.job_id
+    return (
+        Budget(
+            action="commit",
+            job=job.job_id,
+            snapshot=job.counted if counted else job.snapshot,
+            stage=work.stage,
+        ),
+    )
 
 
 def _done(job: AcceptedJob, work: Work[Message], journal: Journal, say: Callable[[str], None]) -> Message:

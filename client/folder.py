@@ -13,10 +13,11 @@ from typing import Any, Final
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from fedfin.audit.journal import Journal
+from fedfin.client.journal import Journal
 from fedfin.config import LenderConfig
+from fedfin.coordinator_key import CoordinatorStatement
 from fedfin.credit.schema import Schema
-from fedfin.errors import ConfigError, LedgerError
+from fedfin.errors import ConfigError, LedgerError, LinkError
 from fedfin.files import write_private, write_public
 from fedfin.identity import LenderKeys, load_lender_keys
 from fedfin.parsing import load_config
@@ -40,7 +41,14 @@ class LenderFolder:
         self.ledger_path = self.directory / "ledger.db"
         self.roster_path = self.directory / "roster.json"
         self.proposed_roster_path = self.directory / "roster.proposed.json"
-        self.journal = Journal(self.directory / "log.jsonl")
+        self.approved_roster_path = self.directory / "roster.approved.json"
+        self.statement_path = self.directory / "coordinator.json"
+        self.journal = Journal(
+            self.directory,
+            name=self.config.name,
+            federation=self.config.federation,
+            identity=lambda: self.keys().identity,
+        )
 
     def schema(self) -> Schema:
         """Read the federation's schema as it was received at enrolment.
@@ -59,6 +67,32 @@ class LenderFolder:
     def keys(self) -> LenderKeys:
         """Read the lender's private keys."""
         return load_lender_keys(self.directory / "keys")
+
+    def root(self) -> x509.Certificate:
+        """Read the federation's root certificate, as it was pinned at enrolment.
+
+        Raises:
+            ConfigError: It cannot be read.
+        """
+        try:
+            return x509.load_pem_x509_certificate(self.root_path.read_bytes())
+        except (OSError, ValueError) as error:
+            msg = f"{self.root_path} cannot be read ({error}); it is written by `fedfin client join`"
+            raise ConfigError(msg) from error
+
+    def coordinator(self) -> CoordinatorStatement | None:
+        """Read the coordinator's key as it was pinned; None in a folder that was made before there was one.
+
+        Raises:
+            ConfigError: What is kept of it is damaged.
+        """
+        try:
+            return CoordinatorStatement.from_json(self.statement_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError, LinkError) as error:
+            msg = f"{self.statement_path} is damaged ({error}); restore it from the backup of the folder"
+            raise ConfigError(msg) from error
 
     def check_names(self) -> None:
         """Hold the names of bank.yaml against the certificates that were given at enrolment.

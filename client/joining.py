@@ -14,9 +14,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from pydantic import ValidationError
 
+from fedfin.audit.checkpoint import fingerprint
+from fedfin.audit.events import Enrolment
 from fedfin.client.folder import LenderFolder
 from fedfin.client.node import check_clock
 from fedfin.config import LenderConfig
+from fedfin.coordinator_key import CoordinatorStatement
 from fedfin.credit.schema import Schema
 from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
 from fedfin.errors import ConfigError, EnrolmentError, LinkError
@@ -53,6 +56,7 @@ def join(token: str, directory: Path) -> LenderFolder:
         EnrolmentError: The token is altered, used, expired or of another federation, or the server's root is
             not the one the token names.
         LinkError: The coordinator cannot be reached, or the clocks are too far apart.
+        ProtocolRefusalError: The coordinator's identity key is not stated by the federation's authority.
         ConfigError: The folder is not empty or cannot be written.
     """
     invitation = Invitation.from_token(token)
@@ -84,8 +88,11 @@ def join(token: str, directory: Path) -> LenderFolder:
     if certificate.public_key() != keys.tls.public_key():
         msg = "the coordinator's certificate is for another key than this lender's; ask its operator, and do not go on"
         raise EnrolmentError(msg)
+    statement = CoordinatorStatement.from_json(answer.coordinator)
+    statement.verify(x509.load_pem_x509_certificate(root_pem), answer.federation)
     schema = Schema.from_yaml(answer.schema_text, origin="the federation's schema")
     write_public(directory / "ca.pem", root_pem)
+    write_public(directory / "coordinator.json", statement.to_json().encode())
     write_public(directory / "certificate.pem", answer.certificate.encode())
     write_public(directory / "schema.yaml", answer.schema_text.encode())
     text = annotated(
@@ -108,7 +115,16 @@ def join(token: str, directory: Path) -> LenderFolder:
     write_public(directory / "bank.yaml", text.encode())  # last: with it the folder counts as made
     folder = LenderFolder(directory / "bank.yaml")
     folder.salt()  # made now, so that a salt that is gone later is never made anew in silence
-    folder.journal.write("enrolled", federation=answer.federation, root=invitation.fingerprint)
+    folder.journal.write(
+        Enrolment(
+            member=invitation.name,
+            federation=answer.federation,
+            identity=fingerprint(keys.identity.public_key()),
+            witness=fingerprint(keys.witness.public_key()),
+            root=invitation.fingerprint,
+        )
+    )
+    folder.journal.close()
     return folder
 
 

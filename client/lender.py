@@ -4,18 +4,23 @@ What is computed stands in `stages`; how it leaves by itself in `answers`, how i
 charge the ledger before a byte leaves.
 """
 
+import datetime as dt
 import json
 import re
 from collections.abc import Callable
 from threading import Lock
 from typing import Final
 
+from fedfin.audit.events import Budget, Evaluation, Failure, JobEnded, ModelKept, bounded, salted_digest
 from fedfin.client.accepted import AcceptedJob, require_accepted
 from fedfin.client.accepting import accept_job, check_proposal, parse_plan
 from fedfin.client.answers import answer_once
 from fedfin.client.evaluation import EVALUATION_FILE, evaluate, give_up
 from fedfin.client.folder import LenderFolder
+from fedfin.client.hours import require_hours, utc_now
+from fedfin.client.job_approval import drop_held, require_approved
 from fedfin.client.masking import Masking
+from fedfin.client.policy import check_plan, check_schema
 from fedfin.client.preparation import PreparedLoans, prepare
 from fedfin.client.refusing import reason_for, write_refusal
 from fedfin.client.stages import Stages
@@ -28,12 +33,14 @@ from fedfin.errors import (
     DataError,
     FedfinError,
     LinkError,
+    NotYetError,
     PolicyRefusalError,
     SchemaMismatchError,
     TrainingError,
 )
 from fedfin.files import write_public
 from fedfin.identity import public_pem
+from fedfin.plan import JobPlan
 from fedfin.privacy.evaluation_noise import evaluation_job
 from fedfin.update import (
     Accepted,
@@ -68,8 +75,15 @@ _QUESTIONS: Final[tuple[type[Message], ...]] = (
 class Lender:
     """Answers questions in the name of one lender; one at a time: of two that come at once, one waits."""
 
-    def __init__(self, folder: LenderFolder, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: LenderFolder, say: Callable[[str], None], now: Callable[[], dt.datetime] = utc_now
+    ) -> None:
         """Read the loans and open the ledger.
+
+        Args:
+            folder: The lender's.
+            say: Prints a line for people.
+            now: The clock that the policy's hours are held against; with its zone.
 
         Raises:
             ConfigError: bank.yaml, schema.yaml, a key or a source does not hold.
@@ -78,13 +92,15 @@ class Lender:
         """
         self._folder = folder
         self._say = say
+        self._now = now
         identity = folder.keys().identity
         self._own_key = public_pem(identity.public_key())
         self._stages = Stages(folder, prepare(folder))
         self._ledger = folder.ledger()
-        self._masking = Masking(folder, self._ledger, identity, say)
+        self._masking = Masking(folder, self._ledger, identity, say, now)
         self._accepted: AcceptedJob | None = None
         self.job_id: str | None = None
+        self._told: dict[str, str] = {}  # of each job, why it waits: the coordinator asks every few seconds
         self._lock = Lock()  # what one question is held against is what the one before it left
 
     @property
@@ -93,14 +109,16 @@ class Lender:
         return self._stages.loans
 
     def close(self) -> None:
-        """Close the ledger."""
+        """Close the ledger and the log."""
         self._ledger.close()
+        self._folder.journal.close()
 
     def answer(self, data: bytes) -> bytes:
         """Answer a question's bytes with an answer's bytes; a refusal is an answer.
 
         Raises:
             LinkError: The bytes are no question of this release.
+            AuditError: What was done cannot be logged, and so nothing is answered.
         """
         question = decode(data, *_QUESTIONS)
         if not _JOB_ID.fullmatch(question.job_id):
@@ -108,9 +126,11 @@ class Lender:
             raise LinkError(msg)
         with self._lock:
             try:
-                return self._answer(question, data)
+                answer = self._answer(question, data)
             except FedfinError as error:
-                return encode(self._refuse(question, error))
+                answer = encode(self._refuse(question, error))
+            self._folder.journal.flush()  # what is not logged does not leave
+            return answer
 
     def evaluate_pending(self) -> int:
         """Judge every model that was received and not yet judged; return how many."""
@@ -128,9 +148,19 @@ class Lender:
                 # One model that cannot be judged must not keep the others from it, nor be tried for ever.
                 give_up(path.parent, str(error))
                 result = f"model {path.parent.name[:12]} cannot be judged: {error}"
-                self._folder.journal.write("evaluation_failed", model=path.parent.name, reason=str(error))
+                self._folder.journal.write(
+                    Failure(stage=f"evaluation of {path.parent.name[:12]}", reason=bounded(str(error)))
+                )
             else:
-                self._folder.journal.write("model_evaluated", model=path.parent.name)
+                kept = (path.parent / EVALUATION_FILE).read_bytes()
+                self._folder.journal.write(
+                    Evaluation(
+                        job=model.job_id,
+                        model=model_digest(model.fingerprint, model.weights),
+                        cohort_size=1,
+                        digest=salted_digest(self._folder.salt(), kept),
+                    )
+                )
             self._say(result)
             judged += 1
         return judged
@@ -155,10 +185,17 @@ class Lender:
         job = self._job(question.job_id)
         if job.roster is not None:
             raise refusal("aggregation", f"job {job.job_id} was accepted with aggregation secure")
+        require_hours(self._folder.config.policy, self._now())
         work = self._stages.answer(question, job)
         return answer_once(data, job, work, self._ledger, self._folder.journal, self._say)
 
     def _refuse(self, question: Message, error: FedfinError) -> Refused:
+        if isinstance(error, NotYetError):
+            if self._told.get(question.job_id) != str(error):
+                self._told[question.job_id] = str(error)
+                write_refusal(self._folder.journal, question.job_id, type(question).__name__, error)
+                self._say(f"job {question.job_id} waits: {error}")
+            return Refused(question.job_id, reason_for(error), error.waits)
         write_refusal(self._folder.journal, question.job_id, type(question).__name__, error)
         self._say(f"refused {type(question).__name__} of job {question.job_id}: {error}")
         return Refused(question.job_id, reason_for(error))
@@ -174,12 +211,25 @@ class Lender:
         job = self._folder.job(question.job_id)
         accepted = job.accepted()
         if accepted is None:
+            self._require_allowed(plan)
             num_members = check_proposal(question, plan, self._folder, self._own_key)
+            approvers = require_approved(self._folder, question, plan, num_members)
+            require_hours(self._folder.config.policy, self._now())
             self._stages = Stages(
                 self._folder, prepare(self._folder)
             )  # a new job takes the table as it is now
             self._accepted = None
-            accept_job(question, plan, num_members, self._folder, self._stages, self._ledger, self._say)
+            accept_job(
+                question,
+                plan,
+                num_members,
+                self._folder,
+                self._stages,
+                self._ledger,
+                self._say,
+                approvers=approvers,
+            )
+            drop_held(self._folder, question.job_id)
             accepted = job.accepted() or {}
         elif job.is_over():
             msg = f"job {question.job_id} is over at this lender; start a new job"
@@ -196,12 +246,21 @@ class Lender:
     def _job(self, job_id: str) -> AcceptedJob:
         """Return an open job of these loans; read once, since a secure round asks three times."""
         if self._accepted is None or self._accepted.job_id != job_id:
-            self._accepted = require_accepted(self._folder, job_id, self.loans.snapshot.digest)
+            accepted = require_accepted(self._folder, job_id, self.loans.snapshot.digest)
+            self._require_allowed(accepted.plan)  # the policy as it is now, which may be narrower than it was
+            self._accepted = accepted
         return self._accepted
+
+    def _require_allowed(self, plan: JobPlan) -> None:
+        policy = self._folder.config.policy
+        check_plan(plan, policy)
+        check_schema(plan, self.loans.schema, policy)
 
     def _finish(self, question: Finish) -> Done:
         job = self._folder.job(question.job_id)
-        if job.accepted() is None:
+        accepted = job.accepted()
+        if accepted is None:
+            drop_held(self._folder, question.job_id)
             return Done(question.job_id)
         if question.status not in _ENDS:
             msg = f"job {question.job_id} cannot end as {question.status[:80]!r}; both sides must run the same release"
@@ -225,8 +284,8 @@ class Lender:
                 Reference.from_json(question.reference, self.loans.schema)  # refused before anything is kept
                 write_public(self._folder.directory / "reference.json", question.reference.encode())
             save_model(model, self._folder.models_path / model.digest)
-            self._folder.journal.write(
-                "model_kept", job=question.job_id, model=model_digest(model.fingerprint, model.weights)
+            self._folder.journal.note(
+                ModelKept(job=question.job_id, model=model_digest(model.fingerprint, model.weights))
             )
             self._say(f"job {question.job_id}: model {model.digest[:12]} kept")
         self._ledger.release(question.job_id)
@@ -234,7 +293,10 @@ class Lender:
         self._masking.end(question.job_id)
         self._accepted = None
         job.close()
-        self._folder.journal.write("job_ended", job=question.job_id, status=question.status)
+        self._folder.journal.note(
+            Budget(action="release", job=question.job_id, snapshot=accepted["snapshot"]),
+            JobEnded(job=question.job_id, status=question.status),
+        )
         self.job_id = None
         return Done(question.job_id)
 

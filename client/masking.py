@@ -9,19 +9,22 @@ node that was restarted declines the rest of a sum, as a drop-out would, and tak
 to the byte gets the same answer again, as long as its sum is held.
 """
 
+import datetime as dt
 import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from fedfin.audit.events import Exchange, names_digest
 from fedfin.client.accepted import AcceptedJob
-from fedfin.client.answers import charged_failure
+from fedfin.client.answers import charge_of, charged_failure
 from fedfin.client.folder import LenderFolder
+from fedfin.client.hours import GRACE, require_hours, utc_now
 from fedfin.client.refusing import write_refusal
 from fedfin.client.stages import Stages
 from fedfin.client.sum_log import SumLog
@@ -55,6 +58,8 @@ __all__ = ["Masking", "SumQuestion"]
 
 SumQuestion: TypeAlias = Open | ShareKeys | Mask | Confirm | Unmask
 """The coordinator's part of the five exchanges."""
+
+SumStep: TypeAlias = Literal["opened", "shared", "masked", "confirmed", "unmasked", "released", "repeated"]
 
 _QUESTIONS: Final[tuple[type[Question], ...]] = (AskHistogram, Train, Evaluate)
 _MOST_HELD: Final = 2
@@ -91,6 +96,7 @@ class Masking:
         ledger: Ledger,
         identity: Ed25519PrivateKey,
         say: Callable[[str], None],
+        now: Callable[[], dt.datetime] = utc_now,
     ) -> None:
         """Prepare.
 
@@ -99,8 +105,10 @@ class Masking:
             ledger: Its ledger.
             identity: Its enrolled identity key.
             say: Prints a line for people.
+            now: The clock that the policy's hours are held against.
         """
         self._say = say
+        self._now = now
         self._folder = folder
         self._ledger = ledger
         self._identity = identity
@@ -135,7 +143,7 @@ class Masking:
         asked = hashlib.sha256(data).digest()
         before = held.answered.get(type(question))
         if before is not None and before[0] == asked:
-            self._folder.journal.write("answer_repeated", job=job.job_id, stage=held.context.stage)
+            self._note("repeated", held.context)
             return before[1]
         try:
             answer = self._step(question, held, stages)
@@ -155,7 +163,9 @@ class Masking:
         job_id = held.job.job_id
         match question:
             case ShareKeys():
-                return encode(Shared(job_id, question.sum, held.participant.share(question.adverts)))
+                sealed = held.participant.share(question.adverts)
+                self._note("shared", held.context, len(question.adverts))
+                return encode(Shared(job_id, question.sum, sealed))
             case Mask():
                 return self._mask(question, held, stages)
             case Confirm():
@@ -171,6 +181,7 @@ class Masking:
         name = context.digest().hex()
         if (held := self._held.get(name)) is not None:
             return name, held.advert
+        require_hours(self._folder.config.policy, self._now())
         self._check_context(context, job)
         assert job.roster is not None  # noqa: S101  (checked by the caller)
         config = self._folder.config
@@ -179,6 +190,7 @@ class Masking:
         self._log(job).open(context.stage, context.attempt)
         held = _Held(job, context, participant, participant.open())
         self._held[name] = held
+        self._note("opened", context)
         while len(self._held) > _MOST_HELD:
             self._forget(next(iter(self._held)))
         return name, held.advert
@@ -186,6 +198,7 @@ class Masking:
     def _mask(self, question: Mask, held: _Held, stages: Stages) -> bytes:
         """Check everything, then compute, mask, record, charge; the answer leaves last."""
         job, context = held.job, held.context
+        require_hours(self._folder.config.policy, self._now(), grace=GRACE)
         asked = question.question.tobytes()
         self._require_uncharged(context.stage, job)
         work = stages.summand(_question_in(asked, context), job, context.num_lenders)
@@ -210,7 +223,7 @@ class Masking:
         answer = encode(Masked(job.job_id, question.sum, packed))
         held.weights = work.weights
         self._log(job).release(context.stage, context.attempt, sharers, work.weights)
-        self._charge(work, job, answer)
+        self._charge(work, held, answer, "masked", len(sharers))
         self._say(f"job {job.job_id}: {work.stage} answered, under masks")
         return answer
 
@@ -224,6 +237,7 @@ class Masking:
                 raise refusal("differencing", what)
         signature = held.participant.confirm(question.survivors, held.min_survivors)
         log.confirm(stage, attempt, survivors)
+        self._note("confirmed", held.context, len(survivors), names_digest(survivors))
         advert = b""
         if question.next:
             try:
@@ -234,11 +248,13 @@ class Masking:
 
     def _unmask(self, question: Unmask, held: _Held) -> Unmasked:
         shares = held.participant.unmask(question.confirmations)
+        self._note("unmasked", held.context, len(shares))
         sealed: dict[str, bytes] = {}
         following = self._held.get(held.following)
         if question.adverts and following is not None:
             try:
                 sealed = following.participant.share(question.adverts)
+                self._note("shared", following.context, len(question.adverts))
             except FedfinError as error:  # as above
                 write_refusal(self._folder.journal, held.job.job_id, "ShareKeys", error)
                 self._forget(held.following)
@@ -285,14 +301,32 @@ class Masking:
         """Charge work that failed as if it had left; this lender is a drop-out of the sum."""
         held.participant.forget()
         answer = encode(charged_failure(held.job, work.stage, error, self._folder.journal, self._say))
-        self._charge(work, held.job, answer)
+        self._charge(work, held, answer, "released", 0)
         return answer
 
-    def _charge(self, work: Work[NDArray[np.uint32]], job: AcceptedJob, answer: bytes) -> None:
+    def _charge(
+        self, work: Work[NDArray[np.uint32]], held: _Held, answer: bytes, step: SumStep, cohort_size: int
+    ) -> None:
         digest = hashlib.sha256(answer).hexdigest()
         if work.events:
             self._ledger.commit(work.charged_to, work.stage, work.events, digest)
-        self._folder.journal.write("released", job=job.job_id, stage=work.stage, digest=digest)
+        self._folder.journal.note(*charge_of(held.job, work))
+        self._note(step, held.context, cohort_size, digest)
+
+    def _note(
+        self, step: SumStep, context: SumContext, cohort_size: int | None = None, digest: str | None = None
+    ) -> None:
+        self._folder.journal.note(
+            Exchange(
+                job=context.job_id,
+                stage=context.stage,
+                attempt=context.attempt + 1,
+                step=step,
+                cohort_size=context.num_lenders if cohort_size is None else cohort_size,
+                context=context.digest().hex(),
+                digest=digest,
+            )
+        )
 
     def _log(self, job: AcceptedJob) -> SumLog:
         if job.job_id not in self._logs:

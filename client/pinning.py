@@ -9,6 +9,7 @@ roster does not tell an invented lender from a real one: the engineer compares f
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedfin.audit.events import Approval, RosterVersion
 from fedfin.client.folder import LenderFolder
 from fedfin.client.sum_rules import refusal
 from fedfin.errors import ConfigError, LinkError, ProtocolRefusalError
@@ -88,7 +89,9 @@ def accept_roster(folder: LenderFolder, text: str, own_key: str) -> Roster:
     before = pinned(folder)
     if before is None:
         _write(folder.roster_path, stated)
-        folder.journal.write("roster_pinned", digest=stated.digest(), members=len(stated.keys))
+        folder.journal.write(
+            RosterVersion(action="pinned", number=0, digest=stated.digest(), num_members=len(stated.keys))
+        )
     elif before != stated:
         _write(folder.proposed_roster_path, stated)
         what = (
@@ -126,11 +129,17 @@ def approve(folder: LenderFolder, change: Change) -> None:
     if _read(folder.proposed_roster_path) == change.proposed:
         folder.proposed_roster_path.unlink(missing_ok=True)
     folder.journal.write(
-        "roster_approved",
-        digest=change.proposed.digest(),
-        added=" ".join(change.added),
-        removed=" ".join(change.removed),
-        changed=" ".join(change.changed),
+        Approval(subject="roster", digest=change.proposed.digest()),
+        RosterVersion(
+            action="pinned",
+            number=0,
+            digest=change.proposed.digest(),
+            previous=None if change.pinned is None else change.pinned.digest(),
+            num_members=len(change.proposed.keys),
+            added=change.added,
+            removed=change.removed,
+            changed=change.changed,
+        ),
     )
 
 

@@ -6,8 +6,10 @@ Of the lender's loans, ledger and machine the coordinator learns only what it ne
 
 from typing import Final
 
-from fedfin.audit.journal import Journal
+from fedfin.audit.events import Refusal, bounded
+from fedfin.client.journal import Journal
 from fedfin.errors import (
+    AuditError,
     BudgetSpentError,
     ConfigError,
     DataError,
@@ -26,6 +28,7 @@ _REASONS: Final[dict[type[FedfinError], str]] = {
     BudgetSpentError: "its privacy budget does not allow the job",
     DataError: "its loans do not pass its own check",
     LedgerError: "its privacy ledger cannot record",
+    AuditError: "its log cannot record",
     TrainingError: WORK_FAILED,
     ConfigError: "its installation needs its engineer",
 }
@@ -37,7 +40,7 @@ def reason_for(error: FedfinError) -> str:
 
 
 def write_refusal(journal: Journal, job_id: str, asked: str, error: FedfinError) -> None:
-    """Write a refusal to the lender's log, with the rule that was broken.
+    """Note a refusal in the lender's log, with the rule that was broken.
 
     Args:
         journal: The lender's.
@@ -46,4 +49,4 @@ def write_refusal(journal: Journal, job_id: str, asked: str, error: FedfinError)
         error: Why; of a `ProtocolRefusalError` the log gets the rule's name, of any other its class.
     """
     rule = error.rule if isinstance(error, ProtocolRefusalError) else type(error).__name__
-    journal.write("refused", job=job_id, asked=asked, rule=rule, reason=str(error))
+    journal.note(Refusal(rule=rule, asked=asked, reason=bounded(str(error)), job=job_id))

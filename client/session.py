@@ -1,9 +1,11 @@
 """`fedfin client --config bank.yaml`: one lender, one process, one lock."""
 
+import importlib.metadata
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from fedfin.audit.events import Clock, Failure, Policy, Service, bounded
 from fedfin.client.app import make_app
 from fedfin.client.folder import LenderFolder
 from fedfin.client.lender import Lender
@@ -27,7 +29,15 @@ def serve(config_path: Path, *, once: bool, stop: threading.Event, say: Callable
     with folder.lock():
         lender = Lender(folder, say)
         say(f"{folder.config.name}: {len(lender.loans.train)} loans train, {len(lender.loans.holdout)} judge")
-        folder.journal.write("client_started", snapshot=lender.loans.snapshot.digest)
+        folder.journal.write(
+            Service(
+                action="started",
+                release=importlib.metadata.version("fedfin"),
+                snapshot=lender.loans.snapshot.digest,
+            ),
+            Policy(digest=folder.config.policy.digest()),
+            Clock(source="system"),
+        )
         failure: list[FedfinError] = []
 
         def judge() -> None:
@@ -36,7 +46,7 @@ def serve(config_path: Path, *, once: bool, stop: threading.Event, say: Callable
                     node.stop()
             except FedfinError as error:
                 say(f"the model could not be judged: {error}")
-                folder.journal.write("evaluation_failed", reason=str(error))
+                folder.journal.write(Failure(stage="evaluation", reason=bounded(str(error))))
                 if once:
                     failure.append(error)
                     node.stop()
@@ -60,8 +70,9 @@ def serve(config_path: Path, *, once: bool, stop: threading.Event, say: Callable
             judge()  # of a model that was received before a stop
             node.run()
         finally:
-            folder.journal.write("client_stopped")
+            folder.journal.write(Service(action="stopped", release=importlib.metadata.version("fedfin")))
             say("stopped")
             lender.close()
+            folder.journal.close()
         if failure:
             raise failure[0]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fedfin.audit.events import Budget, JobEnded
 from fedfin.client.budgeting import budget_to_json
 from fedfin.client.evaluation import EVALUATION_FILE
 from fedfin.client.folder import LenderFolder
@@ -106,12 +107,17 @@ def release_job(config_path: Path, job_id: str) -> None:
     """
     folder = LenderFolder(config_path)
     job = folder.job(job_id)
-    if job.accepted() is None:
+    accepted = job.accepted()
+    if accepted is None:
         msg = f"this lender accepted no job {job_id}; `fedfin client status` lists its jobs"
         raise ConfigError(msg)
     with folder.lock():
         with folder.ledger() as ledger:
             ledger.release(job_id)
             ledger.release(evaluation_job(job_id))
+        folder.journal.write(
+            Budget(action="release", job=job_id, snapshot=accepted["snapshot"], by_hand=True),
+            JobEnded(job=job_id, status="released by hand"),
+        )
         job.close()
-        folder.journal.write("job_released_by_hand", job=job_id)
+        folder.journal.close()

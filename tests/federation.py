@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from lender_log import logged
+
+from fedfin.audit.events import Event, Exchange
 
 ROOT = Path(__file__).parent.parent
 LOANS = ROOT / "simulation" / "credit_data.csv.gz"
@@ -165,10 +168,17 @@ class Federation:
     def rounds_done(self) -> int:
         return max((line["round"] for line in self.events("round_done")), default=0)
 
-    def journal(self, name: str, kind: str) -> list[dict[str, Any]]:
-        path = self.directory / name / "log.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [line for line in lines if line["event"] == kind]
+    def journal(self, name: str, kind: type[Event]) -> list[Event]:
+        return logged(self.directory / name, kind)
+
+    def released(self, name: str) -> set[str]:
+        """The stages of which an answer left this lender."""
+        events = self.journal(name, Exchange)
+        return {
+            event.stage
+            for event in events
+            if isinstance(event, Exchange) and event.step in {"masked", "released"}
+        }
 
     def output(self, key: str) -> str:
         path = self.directory / "server.out" if key == "server" else self.directory / key / "client.out"

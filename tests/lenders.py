@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from cryptography.hazmat.primitives.serialization import Encoding
 from federation import LOANS, SCHEMA, shares
 
 from fedfin.client.folder import LenderFolder
@@ -11,7 +12,7 @@ from fedfin.client.lender import Lender
 from fedfin.credit.binning import bins_from_histogram
 from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint
 from fedfin.credit.schema import Schema
-from fedfin.identity import create_lender_keys, save_lender_keys
+from fedfin.identity import create_authority, create_lender_keys, save_lender_keys
 from fedfin.plan import CohortPlan, EvaluationPlan, JobPlan, PrivacyPlan, TrainingPlan
 from fedfin.update import Histogram, Propose, Train, decode, encode
 
@@ -25,6 +26,11 @@ PLAN = JobPlan(
 JOB = "credit-1234"
 
 
+#: The root certificate of the federation `test`, whose key nobody needs.
+AUTHORITY = create_authority("test")
+ROOT = AUTHORITY.root.public_bytes(Encoding.PEM)
+
+
 def lender_folder(
     directory: Path, *, name: str = "north-bank", num_loans: int = 178, **policy: object
 ) -> Path:
@@ -34,7 +40,7 @@ def lender_folder(
     """
     directory.mkdir(parents=True)
     save_lender_keys(create_lender_keys(), directory / "keys")
-    (directory / "ca.pem").write_text("not used here")
+    (directory / "ca.pem").write_bytes(ROOT)
     (directory / "schema.yaml").write_text(SCHEMA.read_text())
     table = pd.read_csv(LOANS, dtype=str, keep_default_na=False)
     table.iloc[shares(1, num_loans)[0]].to_csv(directory / "loans.csv", index=False)

@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+from lender_log import logged
 from lenders import open_lender, schema
 from secure_lenders import NAMES, write_folders
 
+from fedfin.audit.events import Exchange
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
 from fedfin.errors import FedfinError
@@ -230,12 +232,13 @@ class SecureHouse:
         return [asked.attempt for asked in self.asked if asked.kind is Open and asked.stage == stage]
 
     def journal(self, name, event):
-        lines = (self.banks[name].parent / "log.jsonl").read_text().splitlines()
-        return [line for line in map(json.loads, lines) if line["event"] == event]
+        return logged(self.banks[name].parent, event)
 
     def released(self, name):
         """How often each stage's vector left this lender."""
-        return Counter(line["stage"] for line in self.journal(name, "released"))
+        return Counter(
+            event.stage for event in self.journal(name, Exchange) if event.step in ("masked", "released")
+        )
 
     def charges(self, name):
         with Ledger(self.banks[name].parent / "ledger.db") as ledger:

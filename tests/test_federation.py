@@ -21,6 +21,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from federation import SECURE_JOB, Federation, federation, shares
 
+from fedfin.audit.events import Refusal
 from fedfin.credit.export import load_model
 from fedfin.errors import LinkError
 from fedfin.identity import load_lender_keys
@@ -61,7 +62,7 @@ def spent(built: Federation, name: str) -> float:
 
 def in_round(built: Federation, name: str, number: int) -> bool:
     """Tell whether a lender has answered the round before `number` and works on it now."""
-    stages = {line["stage"] for line in built.journal(name, "released")}
+    stages = built.released(name)
     return f"round {number - 1}" in stages and f"round {number}" not in stages
 
 
@@ -198,7 +199,7 @@ def test_a_lender_killed_in_a_secure_round_is_left_out_of_it_and_takes_part_agai
             # whatever was killed or prepared in vain, what left a lender was charged once, and nothing else was
             stages = charged(built, name)
             assert len(stages) == len(set(stages))
-            assert {line["stage"] for line in built.journal(name, "released")} <= set(stages)
+            assert built.released(name) <= set(stages)
             assert "bins" in stages
 
 
@@ -226,7 +227,7 @@ def test_a_lender_killed_mid_round_is_named_missing_and_takes_part_again_when_re
             # whatever was killed or repeated, each stage that left a lender was charged once, and nothing else was
             stages = charged(built, name)
             assert len(stages) == len(set(stages))
-            assert {line["stage"] for line in built.journal(name, "released")} <= set(stages)
+            assert built.released(name) <= set(stages)
             assert "bins" in stages
 
 
@@ -328,8 +329,8 @@ def test_a_lender_without_budget_is_left_out_and_the_federation_goes_on_without_
         assert built.wait_for_end("server") == 0, built.tail("server")
         assert "budget" in built.output("server")
         assert all(line["cohort"] == ["harbour-micro", "north-bank"] for line in built.events("round_done"))
-        (refusal,) = built.journal("lane-micro", "refused")
-        assert refusal["rule"] == "BudgetSpentError"
+        (refusal,) = built.journal("lane-micro", Refusal)
+        assert refusal.rule == "BudgetSpentError"
         assert charged(built, "lane-micro") == []
 
 

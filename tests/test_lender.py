@@ -6,9 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from lender_log import logged
 from lenders import JOB, PLAN, lender_folder, open_lender, proposal, schema, train_request
 from typer.testing import CliRunner
 
+from fedfin.audit.events import Refusal
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
 from fedfin.client.lender import Lender
@@ -108,7 +110,7 @@ def test_killed_at_any_step_a_stage_is_charged_once_for_what_left(bank, monkeypa
         elif dies == "before it is charged":
             patch.setattr("fedfin.privacy.ledger.Ledger.commit", die)
         else:
-            patch.setattr("fedfin.audit.journal.Journal.write", die)
+            patch.setattr("fedfin.client.journal.Journal.flush", die)
         with pytest.raises(Killed):
             lender.answer(question)
     lender.close()
@@ -154,8 +156,7 @@ def test_two_histograms_of_two_lenders_with_the_same_loans_differ_by_their_noise
 def test_a_plan_outside_the_policy_is_refused_and_logged_and_reserves_nothing(bank, change, word):
     lender = open_lender(bank)
     assert word in refusal(lender, proposal(plan(**change)))
-    log = [json.loads(line) for line in (bank.parent / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["event"] == "refused"
+    assert isinstance(logged(bank.parent)[-1], Refusal)
     assert not (bank.parent / "jobs" / JOB).exists()
     with Ledger(bank.parent / "ledger.db") as ledger:
         assert ledger.entries() == ()

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from lender_log import logged
 from lenders import lender_folder, open_lender, proposal
 from numpy.testing import assert_allclose, assert_array_equal
 from secure_lenders import JOB, NAMES, Cohort, refusal_of, secure_plan, write_folders
 
+from fedfin.audit.events import Refusal
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
 from fedfin.client.training import train_locally
@@ -80,13 +82,8 @@ def cohort(tmp_path, mode="local", **plan):
     return Cohort(banks, secure_plan(mode, **plan)).accept()
 
 
-def journal(banks, name):
-    return [json.loads(line) for line in (banks[name].parent / "log.jsonl").read_text().splitlines()]
-
-
 def rule_in_log(banks, name):
-    (last,) = [line for line in journal(banks, name) if line["event"] == "refused"][-1:]
-    return last["rule"]
+    return logged(banks[name].parent, Refusal)[-1].rule
 
 
 def charges(banks, name):
@@ -323,7 +320,7 @@ def test_killed_at_any_step_a_vector_leaves_only_after_its_marker_and_its_charge
     target = {
         "before the marker": "fedfin.client.sum_log.SumLog.release",
         "before the charge": "fedfin.privacy.ledger.Ledger.commit",
-        "before it is sent": "fedfin.audit.journal.Journal.write",
+        "before it is sent": "fedfin.client.journal.Journal.flush",
     }[dies]
     with monkeypatch.context() as patch:
         patch.setattr(target, die)

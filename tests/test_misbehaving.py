@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 from federation import federation, shares
+from lender_log import logged
 from lenders import lender_folder, open_lender, schema
 from misbehaving import ATTACKS, ME, NAMES, OTHER, PLAN, WITHOUT_LAST, run_attack
 
+from fedfin.audit.events import Refusal
 from fedfin.client import lender as lender_module
 from fedfin.client.preparation import prepare
 from fedfin.errors import LinkError
@@ -136,7 +138,7 @@ class InMemory:
         return answers
 
     def log(self, name):
-        return lines_of(self.banks[name].parent / "log.jsonl")
+        return logged(self.banks[name].parent)
 
     def close(self):
         for lender in self.lenders.values():
@@ -194,7 +196,7 @@ def running(tmp_path_factory):
             built.start_lender(name)
         assert built.wait_for_end("server", timeout_s=800) == 0, built.tail("server")
     found = {line["attack"]: line for line in lines_of(results)}
-    logs = {name: lines_of(built.directory / name / "log.jsonl") for name in NAMES}
+    logs = {name: logged(built.directory / name) for name in NAMES}
     return SimpleNamespace(found=found, logs=logs)
 
 
@@ -212,13 +214,13 @@ def check(found, log_of):
     name, jobs = found["attack"], {found["job"], *(refusal["job"] for refusal in found["refusals"])}
     expected = {(lender, step, rule) for (step, rule), lenders in REFUSED[name].items() for lender in lenders}
     # in each lender's own log, by the rule's name, and nothing else
-    logged = [
-        (lender, line["asked"], line["rule"])
+    refused = [
+        (lender, event.asked, event.rule)
         for lender in NAMES
-        for line in log_of(lender)
-        if line["event"] == "refused" and line["job"] in jobs
+        for event in log_of(lender)
+        if isinstance(event, Refusal) and event.job in jobs
     ]
-    assert Counter(logged) == Counter((lender, STEPS[step], rule) for lender, step, rule in expected)
+    assert Counter(refused) == Counter((lender, STEPS[step], rule) for lender, step, rule in expected)
     # in words to the coordinator
     assert {(refusal["lender"], refusal["step"]) for refusal in found["refusals"]} == {
         (lender, step) for lender, step, _ in expected

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from lender_log import logged, types_of
 from secure_lenders import NAMES, Cohort, refusal_of, secure_plan, write_folders
 from typer.testing import CliRunner
 
@@ -32,7 +33,7 @@ def own(folder):
 
 
 def events(folder):
-    return [json.loads(line)["event"] for line in (folder.directory / "log.jsonl").read_text().splitlines()]
+    return types_of(folder.directory)
 
 
 def client(folder, *words, text=None):
@@ -47,7 +48,7 @@ def test_the_first_roster_is_pinned_and_stays(folder, own):
     assert pinned(folder) is None
     assert accept_roster(folder, first.to_json(), own) == first == pinned(folder)
     assert accept_roster(folder, first.to_json(), own) == first
-    assert events(folder) == ["roster_pinned"]
+    assert events(folder) == ["roster"]
     assert pending(folder) is None
 
 
@@ -112,8 +113,7 @@ def test_the_engineer_looks_approves_and_the_lender_takes_part(tmp_path):
     newcomer = Roster.of({**job.roster.keys, "bank-g": new_key()})
     job.job = "secure-5678"
     assert refusal_of(lender, job.proposal(newcomer)).startswith("roster_changed: ")
-    last = json.loads((folder.directory / "log.jsonl").read_text().splitlines()[-1])
-    assert (last["event"], last["rule"]) == ("refused", "roster_changed")
+    assert logged(folder.directory)[-1].rule == "roster_changed"
 
     status, shown = client(folder, "status")
     assert status == 0
@@ -152,7 +152,7 @@ def test_a_changed_key_is_shown_with_the_key_before(folder, own):
     assert first.fingerprints()["bank-b"][:32] in shown
     assert "ask bank-b itself" in shown
     assert pinned(folder) == second
-    assert events(folder)[-1] == "roster_approved"
+    assert events(folder)[-2:] == ["approval", "roster"]
 
 
 def test_approving_with_json_says_what_was_approved(folder, own):

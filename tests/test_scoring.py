@@ -1,6 +1,5 @@
 """A lender's part in an evaluation: whole counts of its held-out loans, charged to these loans and to no others."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -12,9 +11,11 @@ from federation import LOANS as LOANS_PATH
 from federation import shares
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lender_log import logged
 from lenders import JOB, PLAN, lender_folder, open_lender, proposal, train_request
 from typer.testing import CliRunner
 
+from fedfin.audit.events import Consent
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
@@ -339,10 +340,9 @@ def test_a_lender_whose_held_out_loans_have_nothing_left_trains_and_declines_the
             decode(ask(lender, train), Update)
         ask(lender, Finish(job, "abandoned", 0, "", "", np.zeros(0, dtype=np.float32)))
         lender.close()
-    log = [json.loads(line) for line in (bank.parent / "log.jsonl").read_text().splitlines()]
-    (declined,) = [line for line in log if line["event"] == "evaluations_declined"]
-    assert declined["job"] == "second-2"
-    assert "policy.epsilon_limit" in declined["reason"]
+    declined = [event for event in logged(bank.parent, Consent) if event.decision == "evaluations declined"]
+    assert [event.job for event in declined] == ["second-2"]
+    assert "policy.epsilon_limit" in declined[0].reason
 
 
 def after_a_job_that_ended(bank, lender, question, fraction):
@@ -414,8 +414,8 @@ def test_held_out_loans_that_are_read_in_another_way_count_as_training_loans(ban
     with_held_out_file(bank, shares(2, 400)[1], columns={"Amount": "Price", "Price": "Amount"})
     lender = open_lender(bank)
     decode(lender.answer(proposal(JUDGED)), Accepted)
-    log = (bank.parent / "log.jsonl").read_text()
-    assert "give holdout.source the same loan_id, or without one the same columns, values and missing" in log
+    (declined,) = [event for event in logged(bank.parent, Consent) if event.reason is not None]
+    assert "give holdout.source the same loan_id, or without one the same columns, values and missing" in declined.reason
     assert [entry[1] for entry in entries(bank)] == [JOB]
     lender.close()
 
