@@ -4,44 +4,25 @@ import io
 from importlib import resources
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import matplotlib as mpl
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from fedfin.audit.evaluation_view import evaluation_view
+from fedfin.audit.pack_plots import BLUE, GREY, ORANGE, PLOT_STYLE, calibration_plot, report_style, svg
 from fedfin.client.costs import costs_of
 from fedfin.files import write_public
 from fedfin.privacy.accounting import borrower_epsilon
-from fedfin.simulation.evaluation_view import evaluation_view
 from fedfin.simulation.partition import RULE, demo_loans
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from matplotlib.axes import Axes
 
     from fedfin.simulation.demo import DemoResult, LenderResult
 
-__all__ = ["arms_plot", "calibration_plot", "gain_plot", "how_summed", "write_report"]
-
-# Two hues that colour-blind readers tell apart; the marks differ in shape as well.
-_ALONE: Final = "#c98a00"
-_FEDERATED: Final = "#0b6e99"
-_GREY: Final = "#8a94a3"
-_STYLE: Final[Any] = {
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.edgecolor": _GREY,
-    "xtick.color": "#3a4452",
-    "ytick.color": "#1c2430",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "fedfin",
-}
+__all__ = ["arms_plot", "gain_plot", "how_summed", "write_report"]
 
 
 def write_report(result: "DemoResult") -> Path:
@@ -62,11 +43,12 @@ def write_report(result: "DemoResult") -> Path:
         (resources.files("fedfin.simulation") / "report.html.j2").read_text(encoding="utf-8")
     )
     page = template.render(
+        style=report_style(),
         headline=_headline(result),
         summary=_summary(result),
-        arms_plot=_svg(plots["arms"]),
-        gain_plot=_svg(plots["gain"]),
-        calibration_plot=_svg(plots["calibration"]) if "calibration" in plots else None,
+        arms_plot=svg(plots["arms"]),
+        gain_plot=svg(plots["gain"]),
+        calibration_plot=svg(plots["calibration"]) if "calibration" in plots else None,
         evaluation=None if result.evaluation is None else evaluation_view(result.evaluation),
         lenders=result.lenders,
         num_holdout=result.num_holdout,
@@ -92,7 +74,7 @@ def arms_plot(result: "DemoResult") -> Figure:
     """Draw each lender's AUROC alone and federated, joined by a line, with the pooled model as a dashed line."""
     lenders = _ordered(result)
     pooled = lenders[0].pooled["auc"]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(PLOT_STYLE):
         figure, axes = _figure(len(lenders))
         for row, lender in enumerate(lenders):
             alone, federated = lender.alone["auc"], lender.federated["auc"]
@@ -100,18 +82,18 @@ def arms_plot(result: "DemoResult") -> Figure:
                 [alone, federated], [row, row], color="#ccd3dc", linewidth=3, solid_capstyle="round", zorder=1
             )
             axes.plot(
-                alone, row, "s", color=_ALONE, markersize=8, zorder=2, label="alone" if row == 0 else None
+                alone, row, "s", color=ORANGE, markersize=8, zorder=2, label="alone" if row == 0 else None
             )
             axes.plot(
                 federated,
                 row,
                 "o",
-                color=_FEDERATED,
+                color=BLUE,
                 markersize=9,
                 zorder=3,
                 label="federated" if row == 0 else None,
             )
-        axes.axvline(pooled, color=_GREY, linestyle="--", linewidth=1.2, zorder=0, label="all loans pooled")
+        axes.axvline(pooled, color=GREY, linestyle="--", linewidth=1.2, zorder=0, label="all loans pooled")
         _rows(axes, lenders)
         axes.set_xlabel("AUROC on the held-out loans (higher is better)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.42, 1.0), ncols=3, frameon=False)
@@ -121,15 +103,13 @@ def arms_plot(result: "DemoResult") -> Figure:
 def gain_plot(result: "DemoResult") -> Figure:
     """Draw each lender's gain in AUROC with its 95% interval."""
     lenders = _ordered(result)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(PLOT_STYLE):
         figure, axes = _figure(len(lenders))
-        axes.axvline(0, color=_GREY, linewidth=1.2, zorder=0)
+        axes.axvline(0, color=GREY, linewidth=1.2, zorder=0)
         for row, lender in enumerate(lenders):
             gain, low, high = lender.gain
-            axes.plot(
-                [low, high], [row, row], color=_FEDERATED, linewidth=2.2, alpha=0.45, solid_capstyle="round"
-            )
-            axes.plot(gain, row, "o", color=_FEDERATED, markersize=8)
+            axes.plot([low, high], [row, row], color=BLUE, linewidth=2.2, alpha=0.45, solid_capstyle="round")
+            axes.plot(gain, row, "o", color=BLUE, markersize=8)
             axes.annotate(
                 f"{gain:+.3f}",
                 (gain, row),
@@ -140,40 +120,6 @@ def gain_plot(result: "DemoResult") -> Figure:
             )
         _rows(axes, lenders)
         axes.set_xlabel("gain in AUROC: federated minus alone")
-        return figure
-
-
-def calibration_plot(evaluation: "Mapping[str, Any]") -> Figure:
-    """Draw actual against predicted bad loans in tenths of the held-out loans, with what noise does to them.
-
-    Args:
-        evaluation: As it stands in metrics.json, with a calibration of one tenth at least.
-    """
-    tenths = evaluation["calibration"]
-    predicted = [tenth["predicted"] for tenth in tenths]
-    actual = [tenth["actual"]["value"] for tenth in tenths]
-    errors = [tenth["actual"]["noise_error"] for tenth in tenths]
-    largest = min(1.0, 1.1 * max(*predicted, *actual))
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(8.2, 4.4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.grid(color="#e8ecf1", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.plot([0, largest], [0, largest], color=_GREY, linestyle="--", linewidth=1.2, label="calibrated")
-        axes.errorbar(
-            predicted,
-            actual,
-            yerr=[2 * error for error in errors] if max(errors) > 0 else None,
-            fmt="o-",
-            color=_FEDERATED,
-            markersize=7,
-            linewidth=1.6,
-            elinewidth=2.2,
-            label="federated" + (", ± 2 standard errors of the noise" if max(errors) > 0 else ""),
-        )
-        axes.set_xlabel("predicted share of bad loans")
-        axes.set_ylabel("actual share")
-        axes.legend(loc="upper left", frameon=False)
         return figure
 
 
@@ -194,12 +140,6 @@ def _rows(axes: "Axes", lenders: "list[LenderResult]") -> None:
 def _ordered(result: "DemoResult") -> "list[LenderResult]":
     """Small lenders at the bottom, each group by what it gains."""
     return sorted(result.lenders, key=lambda lender: (lender.kind == "bank", lender.gain[0]))
-
-
-def _svg(figure: Figure) -> Markup:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return Markup(text.getvalue()[text.getvalue().index("<svg") :])  # noqa: S704  (matplotlib's own drawing)
 
 
 def _small_gain(result: "DemoResult") -> float | None:

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from fedfin.audit.evaluation_view import evaluation_view, last_evaluation
+from fedfin.audit.pack_plots import calibration_plot
 from fedfin.credit.score_counts import count_scores
 from fedfin.plan import JobPlan
 from fedfin.server.evaluation import evaluation_sum
-from fedfin.simulation.evaluation_view import evaluation_view, last_evaluation
 from fedfin.simulation.partition import demo_loans
-from fedfin.simulation.report import calibration_plot
 
 LOANS, SCHEMA = demo_loans()
 

@@ -1,4 +1,4 @@
-"""The last evaluation of a run, in the words of the demo's report: from metrics.json, which holds sums only."""
+"""The last evaluation of a run, in the words of a report: from metrics.json, which holds sums only."""
 
 import json
 from collections.abc import Mapping
