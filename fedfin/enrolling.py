@@ -30,10 +30,14 @@ class EnrolmentRequest(BaseModel):
 
 
 class EnrolmentAnswer(BaseModel):
-    """What the coordinator answers: the lender's certificate (PEM), schema.yaml, the federation's name."""
+    """What the coordinator answers: the lender's certificate (PEM), schema.yaml, the federation's name.
+
+    `coordinator` is the authority's statement of the coordinator's identity key (`CoordinatorStatement.to_json`).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     certificate: str
     schema_text: str
     federation: str = Field(pattern=LENDER_NAME_PATTERN)
+    coordinator: str = Field(max_length=2000)

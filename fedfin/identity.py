@@ -27,9 +27,12 @@ __all__ = [
     "CertificateAuthority",
     "LenderKeys",
     "create_authority",
+    "create_identity_key",
     "create_lender_keys",
     "fingerprint_of",
+    "key_fingerprint",
     "load_authority",
+    "load_identity_key",
     "load_lender_keys",
     "private_pem",
     "public_pem",
@@ -188,6 +191,24 @@ def create_lender_keys() -> LenderKeys:
     )
 
 
+def create_identity_key() -> ed25519.Ed25519PrivateKey:
+    """Return a fresh identity key, as the coordinator has one."""
+    return ed25519.Ed25519PrivateKey.generate()
+
+
+def load_identity_key(path: Path, maker: str) -> ed25519.Ed25519PrivateKey:
+    """Read an identity key; `maker` is the command that made it.
+
+    Raises:
+        ConfigError: It is missing, unreadable by this user, readable by others, or of another kind.
+    """
+    key = _load_key(path, maker)
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        msg = f"{path} holds no Ed25519 key; restore it from the backup of the folder"
+        raise ConfigError(msg)
+    return key
+
+
 def save_lender_keys(keys: LenderKeys, directory: Path) -> None:
     """Write the four keys to `directory`, each file with mode 0600; an existing file is never replaced."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -223,6 +244,13 @@ def load_lender_keys(directory: Path) -> LenderKeys:
 def fingerprint_of(certificate: x509.Certificate) -> str:
     """Return the SHA-256 of the certificate's DER encoding, hex."""
     return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def key_fingerprint(key: ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey) -> str:
+    """Return the SHA-256 of the public key's PEM, hex: the figure that people compare."""
+    digest = hashes.Hash(hashes.SHA256())
+    digest.update(public_pem(key).encode())
+    return digest.finalize().hex()
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from pydantic import ValidationError
 
+from fedfin.coordinator_key import CoordinatorStatement
 from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
 from fedfin.errors import EnrolmentError, FedfinError
 from fedfin.identity import CertificateAuthority, public_pem, verify_signature
@@ -39,13 +40,13 @@ class EnrolmentDesk:
         store: FederationStore,
         authority: CertificateAuthority,
         *,
-        federation: str,
+        statement: CoordinatorStatement,
         schema_text: Callable[[], str],
         on_member: Callable[[Member], None],
     ) -> None:
         self._store = store
         self._authority = authority
-        self._federation = federation
+        self._statement = statement
         self._schema_text = schema_text
         self._on_member = on_member
 
@@ -94,12 +95,10 @@ class EnrolmentDesk:
             verify_signature(key, signature, request.transcript())
         if before is not None:
             # The same lender, token and keys: the first answer was lost on its way, and is given again.
-            return EnrolmentAnswer(
-                certificate=before.certificate, schema_text=self._schema_text(), federation=self._federation
-            )
+            return self._answer(before.certificate)
         certificate = self._authority.issue_lender(certificate_request, request.name)
         pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
-        schema_text = self._schema_text()
+        answer = self._answer(pem)
         member = Member(
             name=request.name,
             node_key=request.node_key,
@@ -110,7 +109,15 @@ class EnrolmentDesk:
         )
         self._store.enrol(member, hashed)
         self._on_member(member)
-        return EnrolmentAnswer(certificate=pem, schema_text=schema_text, federation=self._federation)
+        return answer
+
+    def _answer(self, certificate: str) -> EnrolmentAnswer:
+        return EnrolmentAnswer(
+            certificate=certificate,
+            schema_text=self._schema_text(),
+            federation=self._statement.federation,
+            coordinator=self._statement.to_json(),
+        )
 
 
 def _keys_of(request: EnrolmentRequest) -> dict[str, str]:

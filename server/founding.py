@@ -1,5 +1,6 @@
 """`fedfin server init`: a federation's folder, with its authority, keys, schema and configuration."""
 
+import contextlib
 import datetime as dt
 from pathlib import Path
 from typing import Any, Final
@@ -10,9 +11,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
 
 from fedfin.config import FederationConfig
-from fedfin.errors import ConfigError
+from fedfin.coordinator_key import CoordinatorIdentity, CoordinatorStatement
+from fedfin.errors import ConfigError, LinkError
 from fedfin.files import write_private, write_public
-from fedfin.identity import CertificateAuthority, create_authority, load_authority, private_pem
+from fedfin.identity import (
+    CertificateAuthority,
+    create_authority,
+    create_identity_key,
+    load_authority,
+    load_identity_key,
+    private_pem,
+)
 from fedfin.parsing import load_config
 from fedfin.plan import JobPlan
 from fedfin.reference import annotated
@@ -34,11 +43,29 @@ class Federation:
         self.root_path = self.directory / "ca.pem"
         self.server_certificate_path = self.directory / "server.pem"
         self.server_key_path = self.directory / "keys" / "server.key"
+        self.statement_path = self.directory / "coordinator.json"
         self.runs_path = self.directory / "runs"
 
     def authority(self) -> CertificateAuthority:
         """Read the federation's authority."""
         return load_authority(self.root_path, self.directory / "keys" / "ca.key")
+
+    def identity(self) -> CoordinatorIdentity:
+        """Read the coordinator's identity key, and what the authority states of it.
+
+        Raises:
+            ConfigError: A file is missing or damaged, or the two do not belong together.
+        """
+        key = load_identity_key(self.directory / "keys" / "identity.key", "`fedfin server init`")
+        try:
+            statement = CoordinatorStatement.from_json(self.statement_path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, LinkError) as error:
+            msg = f"{self.statement_path} cannot be read ({error}); restore it from the backup of the folder"
+            raise ConfigError(msg) from error
+        if statement.public_key() != key.public_key():
+            msg = f"{self.statement_path} is of another key than keys/identity.key; restore both from the backup"
+            raise ConfigError(msg)
+        return CoordinatorIdentity(statement, key)
 
     def schema_text(self) -> str:
         """Return schema.yaml as it stands.
@@ -69,6 +96,8 @@ def open_federation(config_path: Path) -> Federation:
     if certificate.not_valid_after_utc < dt.datetime.now(dt.UTC):
         msg = f"{federation.server_certificate_path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; renew it"
         raise ConfigError(msg)
+    if not federation.statement_path.exists():  # a folder from before coordinators had such a key
+        _make_identity(federation.directory, federation.authority(), federation.config.federation)
     return federation
 
 
@@ -127,7 +156,19 @@ def found(directory: Path, *, name: str, address: str, schema_text: str, job: di
     write_private(directory / "keys" / "server.key", private_pem(server_key))
     write_public(directory / "ca.pem", authority.root.public_bytes(serialization.Encoding.PEM))
     write_public(directory / "server.pem", certificate.public_bytes(serialization.Encoding.PEM))
+    _make_identity(directory, authority, name)
     write_public(directory / "schema.yaml", schema_text.encode())
     FederationStore.create(directory / "federation.db")
     write_public(directory / "federation.yaml", text.encode())  # last: with it the folder counts as made
     return Federation(directory / "federation.yaml")
+
+
+def _make_identity(directory: Path, authority: CertificateAuthority, name: str) -> None:
+    """Make the coordinator's identity key, and have the authority state it; two processes may do so at once."""
+    path = directory / "keys" / "identity.key"
+    if not path.exists():
+        with contextlib.suppress(ConfigError):  # the other process was quicker, or what follows says what is wrong
+            write_private(path, private_pem(create_identity_key()))
+    key = load_identity_key(path, "`fedfin server init`")
+    statement = CoordinatorStatement.make(authority, name, key.public_key())
+    write_public(directory / "coordinator.json", statement.to_json().encode())

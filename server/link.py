@@ -179,7 +179,7 @@ async def _serve(federation: Federation, secret: str) -> None:
     desk = EnrolmentDesk(
         federation.store,
         federation.authority(),
-        federation=config.federation,
+        statement=federation.identity().statement,
         schema_text=federation.schema_text,
         on_member=lambda member: _register(state, member),
     )

@@ -19,9 +19,17 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedfin.coordinator_key import CoordinatorStatement
 from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
 from fedfin.errors import ConfigError, EnrolmentError
-from fedfin.identity import create_authority, create_lender_keys, private_pem, public_pem, verify_signature
+from fedfin.identity import (
+    create_authority,
+    create_identity_key,
+    create_lender_keys,
+    private_pem,
+    public_pem,
+    verify_signature,
+)
 from fedfin.invitation import Invitation, secret_hash
 from fedfin.server.enrolment import EnrolmentDesk, enrolment_app
 from fedfin.server.roster import FederationStore
@@ -29,6 +37,8 @@ from fedfin.server.roster import FederationStore
 AUTHORITY = create_authority("alps")
 KEYS = create_lender_keys()
 OTHERS = create_lender_keys()
+COORDINATOR = create_identity_key()
+STATEMENT = CoordinatorStatement.make(AUTHORITY, "alps", COORDINATOR.public_key())
 SCHEMA_TEXT = "the federation's schema"
 ROLES = ("node", "identity", "witness")
 
@@ -44,7 +54,7 @@ class Federation:
         self.desk = EnrolmentDesk(
             self.store,
             authority,
-            federation="alps",
+            statement=STATEMENT,
             schema_text=self.schema_text,
             on_member=self.announced.append,
         )
@@ -134,6 +144,7 @@ def test_a_lender_that_proves_its_keys_and_holds_a_token_is_a_member(federation)
         request.witness_key,
     )
     assert (answer.federation, answer.schema_text) == ("alps", SCHEMA_TEXT)
+    assert CoordinatorStatement.from_json(answer.coordinator) == STATEMENT
 
 
 def test_the_answers_certificate_is_the_lenders_under_the_root(federation):
@@ -408,6 +419,7 @@ def test_a_request_is_answered_with_certificate_schema_and_federation(app, feder
     assert status == 200
     answer = EnrolmentAnswer.model_validate_json(text)
     assert (answer.federation, answer.schema_text) == ("alps", SCHEMA_TEXT)
+    assert CoordinatorStatement.from_json(answer.coordinator) == STATEMENT
     assert_tells_no_secret(text, body)
 
 
