@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from fedfin.audit.evaluation_view import last_evaluation
 from fedfin.client.evaluation import EVALUATION_FILE, arm_metrics
 from fedfin.client.status import status_of
 from fedfin.errors import ConfigError, FedfinError
 from fedfin.plan import JobPlan
 from fedfin.simulation.arms import take_rows, train_pooled
-from fedfin.simulation.evaluation_view import last_evaluation
 from fedfin.simulation.houses import Houses, Say, run_houses
 from fedfin.simulation.partition import DemoSplit, demo_loans, split_demo
 
