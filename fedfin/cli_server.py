@@ -283,6 +283,8 @@ class _View:
                 self._line(f"{event['lender']} takes part")
             case "refused" | "unanswered":
                 self._line(f"{event['lender']} does not take part: {event['reason']}", style="yellow")
+            case "held":
+                self._line(f"{event['lender']} does not take part yet: {event['reason']}", style="yellow")
             case "cohort":
                 self._line(f"cohort of {len(event['lenders'])}: {', '.join(event['lenders'])}")
             case "round":

@@ -4,11 +4,11 @@
 """
 
 import re
-from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fedfin.invitation import LENDER_NAME_PATTERN
+from fedfin.lender_policy import LenderPolicy
 from fedfin.plan import JobPlan, Section
 
 __all__ = ["DataSource", "FederationConfig", "HoldoutConfig", "LenderConfig", "LenderPolicy"]
@@ -137,68 +137,6 @@ class HoldoutConfig(Section):
     )
     source: DataSource | None = Field(
         default=None, description="A table of its own with held-out loans, in place of the fraction."
-    )
-
-
-class LenderPolicy(Section):
-    """What this lender agrees to; a job outside it is refused, whatever the coordinator says."""
-
-    epsilon_limit: float = Field(
-        default=3.0,
-        gt=0,
-        le=1000,
-        description=(
-            "Epsilon that all jobs together may spend on a loan, in whatever tables it was; held by a Renyi filter."
-        ),
-    )
-    max_delta: float = Field(
-        default=1e-5,
-        gt=0,
-        lt=1e-2,
-        description="The largest delta accepted; keep it below one over the number of loans.",
-    )
-    allow_no_privacy: bool = Field(
-        default=False,
-        description=(
-            "true lets jobs of privacy mode none run on these loans: what leaves then can reveal single loans."
-            " For public or synthetic data only."
-        ),
-    )
-    models: tuple[Literal["logistic", "mlp", "attention"], ...] = Field(
-        default=("logistic", "mlp", "attention"), min_length=1, description="Architectures accepted."
-    )
-    max_parameters: int = Field(
-        default=100_000, ge=1, description="The largest model accepted, in parameters."
-    )
-    max_rounds: int = Field(default=200, ge=1, description="The most rounds of a job.")
-    max_local_steps: int = Field(default=1000, ge=1, description="The most optimizer steps of a round.")
-    min_weight_bucket: int = Field(
-        default=50,
-        ge=1,
-        description="The smallest weight_bucket accepted: how exactly the coordinator may learn this lender's size.",
-    )
-    min_cohort: int = Field(
-        default=5,
-        ge=3,
-        description=(
-            "The fewest lenders in a secure sum: neither a plan with a smaller quorum (cohort.min_lenders) nor a single"
-            " sum of fewer is answered."
-        ),
-    )
-    min_planned_colluders: int | None = Field(
-        default=None,
-        ge=0,
-        description=(
-            "Mode shared: the fewest privacy.planned_colluders accepted. Default: as many lenders as secure aggregation"
-            " withstands, one less than a third of the roster, rounded up: the noise then stands against the same ones."
-        ),
-    )
-    allow_plain_aggregation: bool = Field(
-        default=False,
-        description=(
-            "true lets jobs of aggregation plain run on these loans: the coordinator then sees this lender's answers by"
-            " themselves, as noisy as the plan's privacy makes them."
-        ),
     )
 
 

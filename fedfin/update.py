@@ -46,6 +46,7 @@ __all__ = [
     "Update",
     "decode",
     "encode",
+    "with_witness",
 ]
 
 _MAGIC: Final = b"FFN1"
@@ -57,9 +58,14 @@ _HALF_CHARACTER: Final = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Base of all messages; `job_id` names the job (a coordinator's random id, the same over restarts)."""
+    """Base of all messages; `job_id` names the job (a coordinator's random id, the same over restarts).
+
+    `witness` pins the logs of the two sides to each other (`fedfin.witness`); empty where nothing is shown. It is no
+    part of what is asked or answered: the same question with another witness has the same answer.
+    """
 
     job_id: str
+    witness: str = field(default="", repr=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +92,14 @@ class Accepted(Message):
 
 @dataclass(frozen=True, slots=True)
 class Refused(Message):
-    """Lender: no, and why, in words for the coordinator's operator."""
+    """Lender: no, and why, in words for the coordinator's operator.
+
+    `waits` says what could still change the answer without anything new from the coordinator: `approval` (its people
+    look at the job), `hours` (it is asked outside those of its policy); empty where there is nothing.
+    """
 
     reason: str
+    waits: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +266,7 @@ _KINDS: Final[dict[str, type[Message]]] = {
 }
 _SCALARS: Final = {"str": str, "int": int, "float": float}
 _DTYPES: Final = {"float64": "<f8", "float32": "<f4", "uint8": "u1"}
+_WITNESS: Final = "witness"
 _HEX: Final = re.compile("(?:[0-9a-f]{2})*")
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -266,6 +278,8 @@ def encode(message: Message) -> bytes:
     arrays: list[bytes] = []
     for item in dataclasses.fields(message):
         value = getattr(message, item.name)
+        if item.name == _WITNESS and not value:
+            continue
         if isinstance(value, np.ndarray):
             little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
             fields[item.name] = {"dtype": little.dtype.name, "size": int(little.size)}
@@ -274,6 +288,24 @@ def encode(message: Message) -> bytes:
             fields[item.name] = _to_json(value)
     header = json.dumps({"kind": type(message).__name__, "fields": fields}, separators=(",", ":")).encode()
     return b"".join([_MAGIC, struct.pack("<I", len(header)), header, *arrays])
+
+
+def with_witness(data: bytes, witness: str) -> bytes:
+    """Return a message's bytes with this witness in the place of its own; empty takes it away.
+
+    Args:
+        data: As `encode` gives them.
+        witness: The text.
+    """
+    (length,) = struct.unpack("<I", data[4:8])
+    header = json.loads(data[8 : 8 + length])
+    if header["fields"].get(_WITNESS, "") == witness:
+        return data
+    header["fields"].pop(_WITNESS, None)
+    if witness:
+        header["fields"][_WITNESS] = witness
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return b"".join([_MAGIC, struct.pack("<I", len(text)), text, memoryview(data)[8 + length :]])
 
 
 def decode(data: bytes, *expected: type[MessageT]) -> MessageT:
@@ -300,6 +332,8 @@ def decode(data: bytes, *expected: type[MessageT]) -> MessageT:
     values: dict[str, Any] = {}
     offset = 8 + length
     for item in dataclasses.fields(kind):
+        if item.name == _WITNESS and item.name not in fields:
+            continue
         if item.name not in fields:
             msg = f"the other side's {kind.__name__} lacks {item.name}; both sides must run the same release"
             raise LinkError(msg)

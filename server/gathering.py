@@ -17,10 +17,13 @@ from fedfin.server.roster import FederationStore
 from fedfin.strategies.sums import largest_weight
 from fedfin.update import Accepted, Message, Propose, Refused
 
-__all__ = ["PROPOSE_S", "WAIT_S", "Gathering"]
+__all__ = ["ASK_AGAIN_S", "PROPOSE_S", "WAIT_S", "Gathering"]
 
 WAIT_S: Final = 0.2
 """A waiting coordinator looks again after this long."""
+
+ASK_AGAIN_S: Final = {"approval": 5.0, "hours": 60.0}
+"""A lender that waits for its people, or for its hours, is asked again after so many seconds."""
 
 PROPOSE_S: Final = 120.0
 """What a proposal waits: a lender reads its table and calibrates its noise before it answers."""
@@ -61,6 +64,7 @@ class Gathering:
         # who was left out stays out, whatever was restarted; who refused by itself is asked again
         self._refused = store.left_out(job_id)
         self._ask_again_at: dict[str, float] = {}
+        self._waits: dict[str, str] = {}  # lenders that may agree later, with their reason
         self._told_newcomers: set[str] = set()
         kept = store.roster(job_id)
         self._roster = None if kept is None else Roster.from_json(kept)
@@ -81,6 +85,14 @@ class Gathering:
         self._refused[name] = reason
         self._store.save_answer(self._job_id, name, weight=None, reason=reason)
         self._say({"event": "refused", "lender": name, "reason": reason})
+
+    def wait(self, name: str, reply: Refused) -> None:
+        """Leave a lender alone that says not yet, at the proposal or later; it is asked again by itself."""
+        pause_s = ASK_AGAIN_S.get(reply.waits, SILENT_S)
+        self._ask_again_at[name] = time.monotonic() + pause_s
+        if self._waits.get(name) != reply.reason:
+            self._waits[name] = reply.reason
+            self._say({"event": "held", "lender": name, "reason": reply.reason})
 
     def mend(self, otherwise: str) -> str:
         """Return what to do, for people: `otherwise`, unless lenders were left out; they stay out of this job."""
@@ -117,7 +129,7 @@ class Gathering:
                 self._freeze()
                 members = self._members()
             self.propose()
-            here = members & self.accepted & self._exchange.online()
+            here = members & self.accepted & self._ready()
             invited = self._invited()
             self._check_quorum(members, invited)
             # A refusal is an answer: nobody waits for a lender that has said no. Who is invited is waited for.
@@ -133,8 +145,7 @@ class Gathering:
     def propose(self, deadline_s: float = PROPOSE_S) -> None:
         """Propose the job to every member that is online and has not answered yet."""
         answered = self.accepted | set(self._refused)
-        soon = {name for name, at in self._ask_again_at.items() if time.monotonic() < at}
-        new = sorted(((self._members() - answered) & self._exchange.online()) - soon)
+        new = sorted((self._members() - answered) & self._ready())
         if not new:
             return
         self._settle(new)  # first: what an abandoned job holds could not be reserved for this one
@@ -149,7 +160,8 @@ class Gathering:
         for name, reply in sorted(answers.replies.items()):
             self._take(name, reply, answers)
         for name in new:
-            if name in answers.failures and name not in self._refused:
+            held = isinstance(reply := answers.replies.get(name), Refused) and reply.waits
+            if name in answers.failures and name not in self._refused and not held:
                 self._ask_again_at[name] = time.monotonic() + SILENT_S
                 self._say({"event": "unanswered", "lender": name, "reason": answers.failures[name]})
 
@@ -164,7 +176,7 @@ class Gathering:
         waiting = Waiting(self._say)
         quorum = self._plan.cohort.min_lenders
         while True:
-            here = self.accepted & self._exchange.online()
+            here = self.accepted & self._ready()
             if len(here) >= quorum:
                 return tuple(sorted(here))
             self.propose()
@@ -178,7 +190,7 @@ class Gathering:
 
     def here(self, bound: Collection[str] | None = None) -> tuple[str, ...]:
         """Return the lenders that are online now and take part, sorted; of a bound cohort all of it, or nobody."""
-        here = self.accepted & self._exchange.online()
+        here = self.accepted & self._ready()
         if bound is None:
             return tuple(sorted(here))
         return tuple(sorted(bound)) if set(bound) <= here else ()
@@ -196,7 +208,7 @@ class Gathering:
         waiting = Waiting(self._say)
         until = time.monotonic() + self._plan.cohort.start_timeout_s
         while True:
-            here = set(names) & self.accepted & self._exchange.online()
+            here = set(names) & self.accepted & self._ready()
             if here == set(names):
                 return tuple(sorted(here))
             gone = sorted(set(names) - self.accepted)
@@ -216,6 +228,11 @@ class Gathering:
                 raise QuorumError(msg)
             waiting.report(here, set(names) - here, len(names))
             time.sleep(WAIT_S)
+
+    def _ready(self) -> frozenset[str]:
+        """Return who is online and was not asked in vain a moment ago."""
+        now = time.monotonic()
+        return frozenset(name for name in self._exchange.online() if self._ask_again_at.get(name, 0.0) <= now)
 
     def _freeze(self) -> None:
         roster = Roster.of({member.name: member.identity_key for member in self._store.members()})
@@ -254,7 +271,10 @@ class Gathering:
         largest = largest_weight(self._plan.training)
         if isinstance(reply, Refused):
             answers.failures[name] = reply.reason
-            self.refuse(name, reply.reason)
+            if reply.waits:
+                self.wait(name, reply)
+            else:
+                self.refuse(name, reply.reason)
         elif not isinstance(reply, Accepted):
             answers.failures[name] = "it answered another question"
         elif secure and reply.weight != 0.0:
@@ -263,4 +283,5 @@ class Gathering:
             answers.failures[name] = f"its weight is not one of the plan's: above 0, at most {largest:g}"
         else:
             self._store.save_answer(self._job_id, name, weight=reply.weight, reason=None)
+            self._waits.pop(name, None)
             self._say({"event": "accepted", "lender": name})

@@ -15,17 +15,26 @@ __all__ = ["PlainSums"]
 class PlainSums:
     """The `Summing` of aggregation plain: a repeated question gets a lender's same answer, so nothing is ever lost."""
 
-    def __init__(self, exchange: Exchange, *, deadline_s: float, refuse: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        *,
+        deadline_s: float,
+        refuse: Callable[[str, str], None],
+        wait: Callable[[str, Refused], None],
+    ) -> None:
         """Prepare.
 
         Args:
             exchange: The way to the lenders.
             deadline_s: What a round waits.
             refuse: Told of a lender that refused, with its reason: its part in the job ends.
+            wait: Told of a lender that says not yet: it stays in the job.
         """
         self._exchange = exchange
         self._deadline_s = deadline_s
         self._refuse = refuse
+        self._wait = wait
 
     def bound_to(self, stage: Stage) -> None:
         """Return None: in clear no cohort is bound."""
@@ -52,7 +61,11 @@ class PlainSums:
             except AnswerError as error:
                 answers.failures[name] = str(error)
         if not found or len(found) < stage.min_survivors(len(names)):
-            refused = [name for name, reply in answers.replies.items() if isinstance(reply, Refused)]
+            refused = [
+                name
+                for name, reply in answers.replies.items()
+                if isinstance(reply, Refused) and not reply.waits
+            ]
             raise SumShortError(answers.failures, refused)
         some = next(iter(found.values()))
         return CohortSums(
@@ -72,7 +85,9 @@ class PlainSums:
         for name, reply in sorted(answers.replies.items()):
             if isinstance(reply, Refused):
                 answers.failures[name] = reply.reason
-                if stage.ends_part:
+                if reply.waits:
+                    self._wait(name, reply)
+                elif stage.ends_part:
                     self._refuse(name, reply.reason)
             else:
                 kept.append((name, reply))

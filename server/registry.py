@@ -28,6 +28,7 @@ _KEPT: Final = frozenset(
         "round_short",
         "refused",
         "unanswered",
+        "held",
         "delivered",
         "accepted",
         "bins_lost",

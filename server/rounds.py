@@ -299,7 +299,12 @@ class _Runner:
     def _summing(self) -> Summing:
         deadline_s = self._plan.cohort.round_deadline_s
         if self._plan.aggregation == "plain":
-            return PlainSums(self._exchange, deadline_s=deadline_s, refuse=self._gathering.refuse)
+            return PlainSums(
+                self._exchange,
+                deadline_s=deadline_s,
+                refuse=self._gathering.refuse,
+                wait=self._gathering.wait,
+            )
         context = JobContext(
             federation=self._federation,
             job_id=self._job_id,
@@ -307,7 +312,14 @@ class _Runner:
             roster=self._gathering.roster.public_keys(),
             deadline_s=deadline_s,
         )
-        return SecureSums(self._exchange, self._store, context, say=self._say, refuse=self._gathering.refuse)
+        return SecureSums(
+            self._exchange,
+            self._store,
+            context,
+            say=self._say,
+            refuse=self._gathering.refuse,
+            wait=self._gathering.wait,
+        )
 
 
 def _report(sums: CohortSums) -> dict[str, Any]:

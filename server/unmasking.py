@@ -104,6 +104,7 @@ class SecureSums:
         *,
         say: Say,
         refuse: Callable[[str, str], None],
+        wait: Callable[[str, Refused], None],
     ) -> None:
         """Prepare.
 
@@ -114,12 +115,14 @@ class SecureSums:
             say: Told of rules by which a lender refused.
             refuse: Told of a lender whose part in the job ends, and why: it refused for another reason than a rule of
                 the sum, or dealt shares that do not open or give no secret.
+            wait: Told of a lender that says not yet: it stays in the job.
         """
         self._exchange = exchange
         self._store = store
         self._job = job
         self._say = say
         self._refuse = refuse
+        self._wait = wait
         self._roster_digest = roster_digest(job.roster)
         self._prepared: _Sum | None = None
 
@@ -379,6 +382,9 @@ class SecureSums:
         for name, reply in sorted(answers.replies.items()):
             reason = reply.reason if isinstance(reply, Refused) else "it answered another question"
             run.failures[name] = reason
+            if isinstance(reply, Refused) and reply.waits:
+                self._wait(name, reply)
+                continue
             if isinstance(reply, Refused):
                 run.refused.add(name)
             if (rule := _RULE.match(reason)) is not None:

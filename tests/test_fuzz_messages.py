@@ -679,7 +679,7 @@ def test_a_coordinators_sum_is_exact_or_there_is_none(store, step):
         grid.target, grid.spoil = (STEP_REQUESTS[step], liar), lambda reply: data.draw(spoilt(reply))
         exchange = GridExchange(grid, store)
         exchange._names = dict(enumerate(NAMES))
-        sums = SecureSums(exchange, store, context, say=lambda _: None, refuse=lambda *_: None)
+        sums = SecureSums(exchange, store, context, say=lambda _: None, refuse=lambda *_: None, wait=lambda *_: None)
         first, second = (stage_number(next(numbers)) for _ in range(2))
         try:
             made = sums.sum(first, NAMES, following=second.upcoming)
