@@ -181,9 +181,6 @@ def _reserve_evaluations(
     if not plan.evaluation.times:
         return ""
     try:
-        if not folder.config.policy.allow_evaluations:
-            msg = "this lender's policy.allow_evaluations is false"
-            raise PolicyRefusalError(msg)
         counted = reserve_evaluations(ledger, job_id, plan, stages.loans, folder.config.policy, num_members)
     except (BudgetSpentError, DataError, PolicyRefusalError) as error:
         folder.journal.note(

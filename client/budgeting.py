@@ -10,9 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedfin.client.policy import check_plan, check_size
+from fedfin.client.policy import breaches, schema_breaches
 from fedfin.config import LenderPolicy
-from fedfin.errors import BudgetSpentError, PolicyRefusalError, PrivacyParameterError
+from fedfin.credit.schema import Schema
+from fedfin.errors import BudgetSpentError, PrivacyParameterError
 from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import (
     CalibratedNoise,
@@ -27,7 +28,16 @@ from fedfin.privacy.accounting import (
 from fedfin.privacy.ledger import Budget, Ledger
 from fedfin.privacy.snapshot import Snapshot
 
-__all__ = ["Epsilon", "JobCost", "Standing", "budget_to_json", "cost_of", "refusals", "standing"]
+__all__ = [
+    "Epsilon",
+    "JobCost",
+    "Standing",
+    "budget_to_json",
+    "cost_of",
+    "epsilon_of",
+    "refusals",
+    "standing",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +119,15 @@ def cost_of(plan: JobPlan) -> JobCost:
         count = num_rounds * training.local_steps
         return [GaussianEvent(noise.training_noise_multiplier, training.sample_rate, count)] if count else []
 
-    job, bins = _epsilon(events, delta), _epsilon([histogram], delta)
-    before_last = _epsilon([histogram, *steps_of(rounds - 1)], delta)
+    job, bins = epsilon_of(events, delta), epsilon_of([histogram], delta)
+    before_last = epsilon_of([histogram, *steps_of(rounds - 1)], delta)
     return JobCost(
         events=events,
         noise=noise,
         num_steps=plan.num_steps,
         job=job,
         bins=bins,
-        round_alone=_epsilon(steps_of(1), delta),
+        round_alone=epsilon_of(steps_of(1), delta),
         round_average=Epsilon((job.rdp - bins.rdp) / rounds, (job.pld - bins.pld) / rounds),
         round_last=Epsilon(job.rdp - before_last.rdp, job.pld - before_last.pld),
         borrower=borrower_epsilons(events, delta),
@@ -149,26 +159,21 @@ def standing(ledger: Ledger | None, snapshot: Snapshot, cost: JobCost, policy: L
         is_known=snapshot.digest in ledger.snapshots(),
         spent=Epsilon(spent.epsilon_rdp, spent.epsilon_pld),
         reserved=Epsilon(reserved.epsilon_rdp, reserved.epsilon_pld),
-        after=_epsilon([*held.events, *cost.events], delta),
+        after=epsilon_of([*held.events, *cost.events], delta),
         budget=budget,
     )
 
 
-def refusals(plan: JobPlan, policy: LenderPolicy, now: Standing, num_parameters: int) -> tuple[str, ...]:
+def refusals(plan: JobPlan, policy: LenderPolicy, now: Standing, schema: Schema) -> tuple[str, ...]:
     """Return why this lender would refuse the job, one sentence for each reason; none where it would accept.
 
     Args:
         plan: The job.
         policy: The lender's.
         now: From `standing`.
-        num_parameters: Of the plan's model over this lender's own bins.
+        schema: The federation's.
     """
-    found: list[str] = []
-    try:
-        check_plan(plan, policy)
-        check_size(num_parameters, policy)
-    except PolicyRefusalError as error:
-        found.append(str(error))
+    found = [breach.reason for breach in (*breaches(plan, policy), *schema_breaches(plan, schema, policy))]
     budget = now.budget
     if budget is None:
         found.append(
@@ -205,5 +210,6 @@ def budget_to_json(budget: Budget) -> dict[str, Any]:
     }
 
 
-def _epsilon(events: Sequence[Event], delta: float) -> Epsilon:
+def epsilon_of(events: Sequence[Event], delta: float) -> Epsilon:
+    """Return what events cost at `delta`, in both figures."""
     return Epsilon(epsilon_rdp(events, delta), epsilon_pld(events, delta))

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from fedfin.client.histograms import noisy_histogram
 from fedfin.client.preparation import PreparedLoans
 from fedfin.client.training import LocalPrivacy, train_rounds
-from fedfin.credit.binning import bins_from_histogram, encode, histogram
+from fedfin.credit.binning import bins_from_histogram, encode
 from fedfin.credit.metrics import Interval, auroc, bootstrap_gain
-from fedfin.credit.models import architecture_of, encoding_of, initial_weights, log_odds, num_parameters
+from fedfin.credit.models import architecture_of, encoding_of, initial_weights, log_odds
 from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import CalibratedNoise
 from fedfin.privacy.noise import SimulatedNoise
 
-__all__ = ["Baseline", "Forecast", "baseline_of", "forecast", "model_size", "num_seeds"]
+__all__ = ["Baseline", "Forecast", "baseline_of", "forecast", "num_seeds"]
 
 _SEEDS: Final = 8
 _SEEDS_OF_ATTENTION: Final = 4  # one of its trainings takes as long as fifty of the others'
@@ -74,13 +74,6 @@ class Forecast:
 def num_seeds(plan: JobPlan) -> int:
     """Return the number of trainings with noise behind each figure."""
     return _SEEDS_OF_ATTENTION if plan.model.kind == "attention" else _SEEDS
-
-
-def model_size(loans: PreparedLoans, plan: JobPlan) -> int:
-    """Return the number of parameters of the plan's model over this lender's own bins."""
-    counts = histogram(loans.train.frame, loans.schema)
-    bins = bins_from_histogram(counts, loans.schema, plan.model.max_bins)
-    return num_parameters(architecture_of(plan.model, loans.schema, bins))
 
 
 def baseline_of(loans: PreparedLoans, plan: JobPlan, done: Callable[[], None]) -> Baseline:

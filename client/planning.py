@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from fedfin.client.budgeting import Epsilon, JobCost, Standing, budget_to_json, cost_of, refusals, standing
 from fedfin.client.folder import LenderFolder
-from fedfin.client.forecast import Baseline, Forecast, baseline_of, forecast, model_size, num_seeds
+from fedfin.client.forecast import Baseline, Forecast, baseline_of, forecast, num_seeds
 from fedfin.client.preparation import prepare
 from fedfin.client.spending import open_ledger
 from fedfin.plan import JobPlan
@@ -131,7 +131,7 @@ def answer_for_lender(
         num_holdout=len(loans.holdout),
         num_bad_holdout=int(loans.holdout.labels.sum()),
         standing=budget,
-        refusals=refusals(plan, policy, budget, model_size(loans, plan)),
+        refusals=refusals(plan, policy, budget, loans.schema),
         baseline=baseline,
         forecast=forecast_at(plan, cost.noise),
     )

@@ -21,7 +21,7 @@ from fedfin.credit.binning import Bins, encode
 from fedfin.credit.models import Architecture, encoding_of, predict
 from fedfin.credit.schema import Schema
 from fedfin.credit.score_counts import count_scores, evaluation_cells, evaluation_sensitivity
-from fedfin.errors import BudgetSpentError, DataError, PrivacyParameterError
+from fedfin.errors import BudgetSpentError, DataError, PolicyRefusalError, PrivacyParameterError
 from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import epsilon_rdp
 from fedfin.privacy.evaluation_noise import evaluation_event, evaluation_job, evaluation_scheme
@@ -58,14 +58,18 @@ def reserve_evaluations(
         job_id: The job; its evaluations stand under `evaluation_job(job_id)`.
         plan: With an evaluation at least.
         loans: The lender's.
-        policy: States limit and delta.
+        policy: States limit and delta, and whether its loans may be counted at all.
         num_members: Members of the roster, for mode shared.
 
     Raises:
         BudgetSpentError: The limit leaves no room on the held-out loans: the lender declines the evaluations.
+        PolicyRefusalError: The policy keeps held-out loans out of evaluations: likewise.
         DataError: All held-out loans train as well, so that none may judge: likewise.
         LedgerError: Nothing can be recorded.
     """
+    if not policy.allow_evaluations:
+        msg = "this lender's policy.allow_evaluations is false"
+        raise PolicyRefusalError(msg)
     if loans.counted is None:
         msg = (
             "every held-out loan is among the training loans too, so that none can judge the model; give loans that do"

@@ -188,7 +188,7 @@ class LenderPolicy(Section):
         try:
             self.zone()
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            msg = f"time_zone {self.time_zone!r} is not known on this machine; give a name such as Europe/Madrid, or UTC"
+            msg = f"time_zone {self.time_zone!r} is not known here; give a name such as Europe/Madrid, or UTC"
             raise ValueError(msg) from None
         return self
 
