@@ -7,12 +7,12 @@ said here is what a proposal of the same plan would meet.
 import sqlite3
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Any, Final
 
-from fedfin.client.budgeting import Epsilon, epsilon_of
+from fedfin.client.budgeting import Epsilon, budget_to_json, epsilon_of
 from fedfin.client.costs import Costs, costs_of
 from fedfin.client.departures import Departure, departures_of
 from fedfin.client.folder import LenderFolder
@@ -30,7 +30,7 @@ from fedfin.privacy.ledger import Budget, Ledger
 from fedfin.privacy.snapshot import Snapshot
 from fedfin.strategies.strategy import lender_weight
 
-__all__ = ["AskedColumn", "DryRun", "Spend", "dry_run"]
+__all__ = ["AskedColumn", "DryRun", "Spend", "dry_run", "to_json"]
 
 _JOB: Final = "dry-run"
 
@@ -163,6 +163,24 @@ def dry_run(plan: JobPlan, folder: LenderFolder, num_members: int) -> DryRun:
     )
 
 
+def to_json(run: DryRun) -> dict[str, Any]:
+    """Return the document of `fedfin client dry-run --json`."""
+    return {
+        "plan": run.plan.model_dump(mode="json"),
+        "plan_digest": run.plan.digest(),
+        "members": run.num_members,
+        "columns": [asdict(column) for column in run.columns],
+        "departures": [asdict(departure) for departure in run.departures],
+        "bytes": run.bytes,
+        "parameters": run.parameters,
+        "told_weight": run.told_weight,
+        "training": None if run.training is None else _spend_to_json(run.training),
+        "held_out": None if run.held_out is None else _spend_to_json(run.held_out),
+        "declines": run.declines,
+        "refusals": [asdict(breach) for breach in run.refusals],
+    }
+
+
 @contextmanager
 def _copy_of_ledger(folder: LenderFolder) -> Generator[Ledger]:
     with TemporaryDirectory() as directory:
@@ -244,3 +262,15 @@ def _columns(plan: JobPlan, schema: Schema, folder: LenderFolder) -> Iterator[As
                 why_feature=column.protected_as_feature,
                 cells=num_cells(column) if column.is_feature else 0,
             )
+
+
+def _spend_to_json(spend: Spend) -> dict[str, Any]:
+    return {
+        "snapshot": spend.snapshot,
+        "num_loans": spend.num_loans,
+        "relation": "add_or_remove_one",
+        "job": asdict(spend.job),
+        "after": asdict(spend.after),
+        "budget": None if spend.budget is None else budget_to_json(spend.budget),
+        "refusal": spend.refusal,
+    }

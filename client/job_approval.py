@@ -22,7 +22,16 @@ from fedfin.lender_policy import Approver
 from fedfin.plan import JobPlan
 from fedfin.update import Propose
 
-__all__ = ["HeldJob", "approve", "approvers_of", "drop_held", "held_job", "held_jobs", "require_approved"]
+__all__ = [
+    "HeldJob",
+    "approve",
+    "approvers_of",
+    "drop_held",
+    "held_job",
+    "held_jobs",
+    "require_approved",
+    "require_approver",
+]
 
 _MOST_HELD: Final = 20  # a coordinator that proposes without end fills no disk
 
@@ -135,6 +144,25 @@ def approve(folder: LenderFolder, job: HeldJob, name: str, key: Ed25519PrivateKe
     Raises:
         ConfigError: bank.yaml names no such approver or another key, or nothing can be written.
     """
+    approver = require_approver(folder, name, key)
+    digest = job.plan.digest()
+    signature = sign(_subject(folder, job.job, digest, job.schema), key)
+    path = _signature_path(folder.job(job.job), approver)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.journal.write(
+        Approval(subject="job", job=job.job, digest=digest, approver=fingerprint(key.public_key()))
+    )
+    body = {"plan": digest, "schema": job.schema, "signature": signature.hex()}
+    write_public(path, (json.dumps(body, indent=1) + "\n").encode(), mode=0o600)
+    return len(approvers_of(folder, job.job, digest, job.schema))
+
+
+def require_approver(folder: LenderFolder, name: str, key: Ed25519PrivateKey) -> Approver:
+    """Return the approver of a name whose key this is.
+
+    Raises:
+        ConfigError: bank.yaml names no such approver, or another key for them.
+    """
     approver = next((one for one in folder.config.policy.approvers if one.name == name), None)
     if approver is None:
         known = ", ".join(one.name for one in folder.config.policy.approvers) or "nobody"
@@ -146,16 +174,7 @@ def approve(folder: LenderFolder, job: HeldJob, name: str, key: Ed25519PrivateKe
             " their own key with --key"
         )
         raise ConfigError(msg)
-    digest = job.plan.digest()
-    signature = sign(_subject(folder, job.job, digest, job.schema), key)
-    path = _signature_path(folder.job(job.job), approver)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.journal.write(
-        Approval(subject="job", job=job.job, digest=digest, approver=fingerprint(key.public_key()))
-    )
-    body = {"plan": digest, "schema": job.schema, "signature": signature.hex()}
-    write_public(path, (json.dumps(body, indent=1) + "\n").encode(), mode=0o600)
-    return len(approvers_of(folder, job.job, digest, job.schema))
+    return approver
 
 
 def _subject(folder: LenderFolder, job_id: str, plan_digest: str, schema: str) -> Subject:

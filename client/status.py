@@ -8,6 +8,7 @@ from fedfin.audit.events import Budget, JobEnded
 from fedfin.client.budgeting import budget_to_json
 from fedfin.client.evaluation import EVALUATION_FILE
 from fedfin.client.folder import LenderFolder
+from fedfin.client.job_approval import approvers_of, held_jobs
 from fedfin.client.pinning import pending, pinned
 from fedfin.client.spending import is_held_out
 from fedfin.config import LenderPolicy
@@ -67,6 +68,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
         )
     return {
         "jobs": jobs,
+        "held": _held(folder),
         "name": folder.config.name,
         "federation": folder.config.federation,
         "coordinator": folder.config.coordinator,
@@ -77,11 +79,26 @@ def status_of(config_path: Path) -> dict[str, Any]:
     }
 
 
+def _held(folder: LenderFolder) -> list[dict[str, Any]]:
+    """Return the jobs that wait for approval."""
+    return [
+        {
+            "job": job.job,
+            "plan": job.plan.digest(),
+            "since": job.since,
+            "given": len(approvers_of(folder, job.job, job.plan.digest(), job.schema)),
+            "needed": folder.config.policy.approvals_needed,
+        }
+        for job in held_jobs(folder)
+    ]
+
+
 def _roster_of(folder: LenderFolder) -> dict[str, Any]:
     """Return the pinned roster and the one that waits for approval, each None where there is none."""
     own, change = pinned(folder), pending(folder)
+    members = {} if own is None else {name: row.fingerprint for name, row in own.members.items()}
     return {
-        "pinned": None if own is None else {"digest": own.digest(), "members": own.fingerprints()},
+        "pinned": None if own is None else {"number": own.number, "digest": own.digest(), "members": members},
         "pending": None if change is None else change.to_json(),
     }
 

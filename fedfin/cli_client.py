@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fedfin.cli_output import DebugOption, JsonOption, chosen, guarded, print_json, print_table, say
+from fedfin import cli_client_policy as policy
+from fedfin import cli_client_roster
+from fedfin.cli_output import DebugOption, JsonOption, agreed, chosen, guarded, print_json, print_table, say
 
 __all__ = ["app"]
 
@@ -146,70 +148,8 @@ def release(
     guarded(work, debug=debug)
 
 
-@app.command("approve-roster", epilog="Example:  fedfin client approve-roster --config north-bank/bank.yaml")
-def approve_roster(
-    context: typer.Context,
-    config: ConfigOption = _DEFAULT,
-    yes: Annotated[bool, typer.Option("--yes", help="Approve without asking.")] = False,
-    json_out: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Show how the coordinator's roster differs from the pinned one, and go by the new one from the next proposal on.
-
-    Compare the fingerprints with the members themselves, on another way than through the coordinator: it could invent
-    a lender, or read the secure sums with keys of its own under lenders' names. --json alone approves nothing.
-    """
-
-    def work() -> None:
-        from fedfin.client.folder import LenderFolder
-        from fedfin.client.pinning import approve, pending
-
-        folder = LenderFolder(chosen(context, config, _DEFAULT))
-        change = pending(folder)
-        document = None if change is None else change.to_json()
-        if json_out and not (yes and change):
-            print_json({"pending": document, "approved": False})
-            return
-        if change is None or document is None:
-            say("no roster waits for approval")
-            return
-        if not json_out:
-            _show_change(document)
-            if not (yes or _agreed("go by this roster?")):
-                say("nothing was approved; this lender goes on with the pinned roster", style="bold red")
-                raise SystemExit(1)
-        approve(folder, change)
-        if json_out:
-            print_json({"pending": document, "approved": True})
-        else:
-            say(f"approved: this lender goes by the roster {document['digest'][:12]} now")
-
-    guarded(work, json_out=json_out, debug=debug)
-
-
-def _agreed(question: str) -> bool:
-    """Ask on the terminal; no answer is a no."""
-    try:
-        return typer.confirm(question, default=False)
-    except typer.Abort:
-        return False
-
-
-def _show_change(document: dict[str, Any]) -> None:
-    kinds = {**dict.fromkeys(document["added"], "added"), **dict.fromkeys(document["changed"], "KEY CHANGED")}
-    print_table(
-        f"the coordinator's roster {document['digest'][:12]}, {len(document['members'])} members",
-        ["lender", "identity key (SHA-256)", "beside the pinned roster"],
-        [[name, key[:32], kinds.get(name, "the same")] for name, key in document["members"].items()],
-    )
-    for name in document["removed"]:
-        say(f"{name} is no member any more", style="yellow")
-    for name, keys in document["changed"].items():
-        say(
-            f"{name} had the key {keys['before'][:32]} before: ask {name} itself whether it enrolled anew, not the"
-            " coordinator",
-            style="bold red",
-        )
+app.command(name="approve-roster", epilog=cli_client_roster.ROSTER_EPILOG)(cli_client_roster.approve_roster)
+app.command(name="approve-member", epilog=cli_client_roster.MEMBER_EPILOG)(cli_client_roster.approve_member)
 
 
 def _run(config: Path, *, once: bool) -> None:
@@ -274,11 +214,14 @@ def _show_status(document: dict[str, Any]) -> None:
     say(f"{document['name']} in {document['federation']}, coordinator {document['coordinator']}")
     own, change = document["roster"]["pinned"], document["roster"]["pending"]
     if own is not None:
-        say(f"pinned roster {own['digest'][:12]}, {len(own['members'])} members")
-    if change is not None:
+        say(f"pinned roster: version {own['number']}, {own['digest'][:12]}, {len(own['members'])} members")
+    if change is not None and change["approved"]:
+        waits = ", ".join(change["waits_for"])
+        say(f"version {change['number']} of the roster is approved here; it waits for {waits or 'the coordinator'}")
+    elif change is not None:
         say(
-            f"the coordinator stated another roster, {change['digest'][:12]}: look at it and approve it with"
-            " `fedfin client approve-roster`; until then this lender refuses its jobs of secure sums",
+            f"version {change['number']} of the roster, {change['digest'][:12]}, waits for approval: look at it and sign"
+            " it with `fedfin client approve-roster`",
             style="yellow",
         )
     for snapshot in document["snapshots"]:

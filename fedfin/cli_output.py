@@ -22,6 +22,7 @@ __all__ = [
     "DebugOption",
     "JsonOption",
     "ProgressBar",
+    "agreed",
     "chosen",
     "console",
     "fail",
@@ -41,6 +42,14 @@ _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def chosen(context: typer.Context, config: Path, default: Path) -> Path:
     """Return --config of the subcommand, or the one given before it."""
     return context.obj if config == default and isinstance(context.obj, Path) else config
+
+
+def agreed(question: str) -> bool:
+    """Ask on the terminal; no answer is a no."""
+    try:
+        return typer.confirm(question, default=False)
+    except typer.Abort:
+        return False
 
 
 class ProgressBar:

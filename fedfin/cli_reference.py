@@ -11,6 +11,7 @@ import typer.main
 from pydantic import BaseModel  # noqa: TC002  (kept plain: the only use is in annotations)
 
 from fedfin.config import FederationConfig, LenderConfig
+from fedfin.lender_policy import Approver
 from fedfin.reference import reference
 
 __all__ = ["commands_page", "configuration_page", "main"]
@@ -35,6 +36,7 @@ def configuration_page() -> str:
     ]
     for name, about, model in files:
         parts += ["", f"## {name}", "", about, "", *_table(reference(model))]
+    parts += ["", "### policy.approvers, each", "", *_table(reference(Approver))]
     parts += [
         "",
         "## schema.yaml",
