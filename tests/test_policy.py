@@ -1,14 +1,27 @@
 """What a lender agrees to: each refusal names the key, its value and what would be accepted."""
 
+import hashlib
+import json
 import re
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedfin.client.policy import check_colluders, check_plan, check_size
+from fedfin.approver import public_line
+from fedfin.client.policy import (
+    breaches,
+    check_colluders,
+    check_plan,
+    check_schema,
+    check_size,
+    schema_breaches,
+)
 from fedfin.config import LenderPolicy
+from fedfin.credit.models import largest_model
+from fedfin.credit.schema import Schema
 from fedfin.errors import PolicyRefusalError
 from fedfin.plan import JobPlan
 
@@ -60,8 +73,31 @@ def test_the_default_plan_passes_the_default_policy():
                 " lowers policy.min_cohort in its bank.yaml and restarts"
             ),
         ),
+        (
+            {"name": "marketing"},
+            {"jobs": ("credit", "credit-*")},
+            "job.name is marketing, and this lender accepts credit, credit-*",
+        ),
+        (
+            {"privacy": {"mode": "shared"}, "training": {"local_steps": 1}},
+            {"privacy_modes": ("local",)},
+            "privacy.mode is shared, and this lender accepts local",
+        ),
+        (
+            {},
+            {"privacy_modes": ()},
+            "privacy.mode is local, and this lender accepts none of the private modes",
+        ),
+        (
+            {"privacy": {"epsilon": 2.0}},
+            {"max_epsilon_per_job": 1.5},
+            "privacy.epsilon is 2, and this lender accepts at most 1.5 for one job; lower it",
+        ),
     ],
-    ids=["no-privacy", "plain", "delta", "model", "rounds", "cohort"],
+    ids=[
+        *("no-privacy", "plain", "delta", "model", "rounds", "cohort"),
+        *("job", "mode", "no-mode", "epsilon"),
+    ],
 )
 def test_a_plan_outside_the_policy_is_refused_by_key_value_and_mend(plan, policy, refusal):
     with pytest.raises(PolicyRefusalError, match=f"^{re.escape(refusal)}$"):
@@ -80,14 +116,126 @@ def test_a_plan_outside_the_policy_is_refused_by_key_value_and_mend(plan, policy
         ({"privacy": {"mode": "shared"}, "training": {"local_steps": 1}}, {}),
         ({"aggregation": "plain"}, {"allow_plain_aggregation": True}),
         ({"aggregation": "plain", "cohort": {"min_lenders": 1}}, {"allow_plain_aggregation": True}),
+        ({"name": "credit-2026"}, {"jobs": ("marketing", "credit-????")}),
+        ({"privacy": {"mode": "shared"}, "training": {"local_steps": 1}}, {"privacy_modes": ("shared",)}),
+        ({"privacy": {"epsilon": 1.5}}, {"max_epsilon_per_job": 1.5}),
+        ({"privacy": {"mode": "none", "epsilon": 9}}, {"allow_no_privacy": True, "max_epsilon_per_job": 1.5}),
+        ({"privacy": {"mode": "none"}}, {"allow_no_privacy": True, "privacy_modes": ()}),
     ],
     ids=[
         *("no-privacy", "no-privacy-has-no-delta", "delta", "model", "rounds", "cohort", "shared", "plain"),
-        "plain-has-no-cohort",
+        *("plain-has-no-cohort", "job", "mode", "epsilon", "no-privacy-has-no-epsilon", "no-privacy-apart"),
     ],
 )
 def test_the_mend_that_a_refusal_names_is_enough(plan, policy):
     check_plan(plan_with(**plan), LenderPolicy(**policy))
+
+
+def test_every_breach_is_found_and_named_by_its_key():
+    plan = plan_with(
+        name="marketing",
+        aggregation="plain",
+        model={"kind": "mlp"},
+        training={"rounds": 9, "local_steps": 9, "weight_bucket": 1},
+        privacy={"epsilon": 9.0, "delta": 1e-3},
+    )
+    policy = LenderPolicy(
+        jobs=("credit",),
+        privacy_modes=("shared",),
+        models=("logistic",),
+        max_rounds=8,
+        max_local_steps=8,
+        max_epsilon_per_job=1.0,
+    )
+    assert [breach.key for breach in breaches(plan, policy)] == [
+        *("jobs", "privacy_modes", "allow_plain_aggregation", "max_delta", "max_epsilon_per_job", "models"),
+        *("max_rounds", "max_local_steps", "min_weight_bucket"),
+    ]
+
+
+SCHEMA = """
+label: {name: bad, bad: 1, good: 0, definition: 90 days past due}
+columns:
+  - {name: income, kind: numeric, minimum: 0, maximum: 8}
+  - {name: home, kind: categorical, categories: [owner, rent]}
+  - {name: sex, kind: categorical, categories: [f, m], SEX}
+"""
+
+
+def schema_with(sex="protected: false"):
+    return Schema.from_yaml(SCHEMA.replace("SEX", sex), "schema.yaml")
+
+
+def schema_keys(schema, **policy):
+    return [breach.key for breach in schema_breaches(JobPlan(), schema, LenderPolicy(**policy))]
+
+
+def test_a_schema_with_a_feature_that_the_lender_does_not_lend_is_refused():
+    assert schema_keys(schema_with(), columns=("income", "home", "sex", "not_in_the_schema")) == []
+    assert schema_keys(schema_with("protected: true"), columns=("income", "home")) == []  # sex is no feature
+    with pytest.raises(
+        PolicyRefusalError, match=r"^the schema's features home, sex are not among .*policy\.columns"
+    ):
+        check_schema(JobPlan(), schema_with(), LenderPolicy(columns=("income",)))
+
+
+def test_what_a_lender_holds_to_be_protected_is_a_feature_only_where_the_schema_says_why():
+    assert schema_keys(schema_with("protected: true"), protected=("sex",)) == []
+    reason = "protected: true, protected_as_feature: the law of the land asks for it"
+    assert schema_keys(schema_with(reason), protected=("sex",)) == []
+    assert schema_keys(schema_with(), protected=("age", "sex")) == ["protected"]
+    with pytest.raises(
+        PolicyRefusalError, match=r"^the schema makes sex a feature, and this lender holds it to be"
+    ):
+        check_schema(JobPlan(), schema_with(), LenderPolicy(protected=("sex",)))
+
+
+def test_a_plan_whose_largest_model_is_too_large_is_refused_before_anything_is_spent():
+    largest = largest_model(JobPlan().model, schema_with())
+    assert schema_keys(schema_with(), max_parameters=largest) == []
+    assert schema_keys(schema_with(), max_parameters=largest - 1) == ["max_parameters"]
+
+
+def test_a_policys_digest_tells_every_change_and_no_order_of_keys():
+    assert LenderPolicy().digest() == LenderPolicy.model_validate({"jobs": ["*"], "max_rounds": 200}).digest()
+    found = {
+        LenderPolicy(**change).digest()
+        for change in ({}, {"max_rounds": 199}, {"hours": "01:00-02:00", "time_zone": "UTC"})
+    }
+    assert len(found) == 3
+    canonical = json.dumps(LenderPolicy().model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    assert LenderPolicy().digest() == hashlib.sha256(canonical.encode()).hexdigest()
+
+
+KEY = public_line(Ed25519PrivateKey.generate().public_key())
+OTHER = public_line(Ed25519PrivateKey.generate().public_key())
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"hours": "22:00-06:00"}, "hours and time_zone go together"),
+        ({"time_zone": "UTC"}, "hours and time_zone go together"),
+        ({"hours": "22:00-22:00", "time_zone": "UTC"}, "either none or all"),
+        ({"hours": "24:00-06:00", "time_zone": "UTC"}, "should match pattern"),
+        ({"hours": "22:00-06:00", "time_zone": "Atlantis"}, "'Atlantis' is not known here"),
+        ({"hours": "22:00-06:00", "time_zone": "../../etc/passwd"}, "is not known here"),
+        ({"columns": ["income; drop"]}, "no name that a column of a schema can have"),
+        ({"approvals_needed": 1}, "approvals_needed is 1, and approvers names 0"),
+        ({"approvals_needed": 3}, "less than or equal to 2"),
+        ({"approvers": [{"name": "a", "key": KEY}, {"name": "b", "key": KEY}]}, "have the same key"),
+        ({"approvers": [{"name": "a", "key": KEY}, {"name": "a", "key": OTHER}]}, "have the same name"),
+        (
+            {"approvers": [{"name": "a", "key": "ed25519:abc"}]},
+            "is the word that `fedfin client make-approver` prints",
+        ),
+        # the last digit of base64 has bits to spare: the same 32 bytes under another word
+        ({"approvers": [{"name": "a", "key": "ed25519:" + "A" * 42 + "B="}]}, "is the word that"),
+    ],
+)
+def test_a_policy_that_contradicts_itself_is_refused_with_its_mend(keys, complaint):
+    with pytest.raises(ValidationError, match=re.escape(complaint)):
+        LenderPolicy.model_validate(keys)
 
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000), st.integers(3, 100), st.integers(3, 100))
