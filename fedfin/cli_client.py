@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fedfin import cli_client_policy as policy
-from fedfin import cli_client_roster
-from fedfin.cli_output import DebugOption, JsonOption, agreed, chosen, guarded, print_json, print_table, say
+from fedfin import cli_client_policy, cli_client_roster
+from fedfin.cli_output import DebugOption, JsonOption, chosen, guarded, print_json, print_table, say
 
 __all__ = ["app"]
 
@@ -150,6 +149,9 @@ def release(
 
 app.command(name="approve-roster", epilog=cli_client_roster.ROSTER_EPILOG)(cli_client_roster.approve_roster)
 app.command(name="approve-member", epilog=cli_client_roster.MEMBER_EPILOG)(cli_client_roster.approve_member)
+app.command(name="dry-run", epilog=cli_client_policy.DRY_RUN_EPILOG)(cli_client_policy.dry_run)
+app.command(name="make-approver", epilog=cli_client_policy.MAKE_EPILOG)(cli_client_policy.make_approver)
+app.command(name="approve-job", epilog=cli_client_policy.APPROVE_EPILOG)(cli_client_policy.approve_job)
 
 
 def _run(config: Path, *, once: bool) -> None:
@@ -217,11 +219,19 @@ def _show_status(document: dict[str, Any]) -> None:
         say(f"pinned roster: version {own['number']}, {own['digest'][:12]}, {len(own['members'])} members")
     if change is not None and change["approved"]:
         waits = ", ".join(change["waits_for"])
-        say(f"version {change['number']} of the roster is approved here; it waits for {waits or 'the coordinator'}")
+        say(
+            f"version {change['number']} of the roster is approved here; it waits for {waits or 'the coordinator'}"
+        )
     elif change is not None:
         say(
-            f"version {change['number']} of the roster, {change['digest'][:12]}, waits for approval: look at it and sign"
-            " it with `fedfin client approve-roster`",
+            f"version {change['number']} of the roster, {change['digest'][:12]}, waits for approval: look at it and"
+            " sign it with `fedfin client approve-roster`",
+            style="yellow",
+        )
+    for job in document["held"]:
+        say(
+            f"{job['job']} waits for approval since {job['since']}, {job['given']} of {job['needed']} given: look at it"
+            f" and approve it with `fedfin client approve-job {job['job']}`",
             style="yellow",
         )
     for snapshot in document["snapshots"]:
