@@ -144,47 +144,41 @@ def to_html(evidence: Evidence, name: str) -> str:
         name: Of the pack's folder or file, for the command that verifies it.
     """
     run = evidence.run
-    return (
-        _environment(autoescape=True)
-        .from_string(_template("evidence.html.j2"))
-        .render(
-            style=report_style(),
-            name=name,
-            headline=_headline(run),
-            summary=_summary(evidence),
-            simulated=evidence.is_simulated,
-            run=run,
-            plan=run.plan,
-            story=evidence.story,
-            lenders=_lender_rows(evidence),
-            shown_rounds=_shown(run.rounds),
-            num_lost=sum(found.is_lost for found in run.rounds),
-            missing=_missing(run.rounds),
-            plots=_plots(evidence),
-            evaluation=evidence.evaluation,
-            protected_features=[column.name for column in evidence.columns if column.is_protected_input],
-            privacy=evidence.privacy,
-            audit=evidence.audit,
-            lineage=_lineage(evidence),
-            obligations=OBLIGATIONS,
-        )
+    return _render(
+        "evidence.html.j2",
+        style=report_style(),
+        name=name,
+        headline=_headline(run),
+        summary=_summary(evidence),
+        simulated=evidence.is_simulated,
+        run=run,
+        plan=run.plan,
+        story=evidence.story,
+        lenders=_lender_rows(evidence),
+        shown_rounds=_shown(run.rounds),
+        num_lost=sum(found.is_lost for found in run.rounds),
+        missing=_missing(run.rounds),
+        plots=_plots(evidence),
+        evaluation=evidence.evaluation,
+        protected_features=[column.name for column in evidence.columns if column.is_protected_input],
+        privacy=evidence.privacy,
+        audit=evidence.audit,
+        lineage=_lineage(evidence),
+        obligations=OBLIGATIONS,
     )
 
 
 def to_model_card(evidence: Evidence) -> str:
     """Return model-card.md."""
     run = evidence.run
-    return (
-        _environment(autoescape=False)
-        .from_string(_template("model-card.md.j2"))
-        .render(
-            run=run,
-            plan=run.plan,
-            evaluation=evidence.evaluation,
-            privacy=evidence.privacy,
-            columns=evidence.columns,
-            label=evidence.label,
-        )
+    return _render(
+        "model-card.md.j2",
+        run=run,
+        plan=run.plan,
+        evaluation=evidence.evaluation,
+        privacy=evidence.privacy,
+        columns=evidence.columns,
+        label=evidence.label,
     )
 
 
@@ -324,10 +318,14 @@ def _lineage(evidence: Evidence) -> list[tuple[str, str]]:
     return found
 
 
-def _environment(*, autoescape: bool) -> jinja2.Environment:
-    return jinja2.Environment(
-        autoescape=autoescape, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )  # noqa: S701  (Markdown has nothing to escape to; the page is escaped)
+def _render(template: str, **values: object) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=jinja2.select_autoescape(("html.j2",)),  # Markdown has no escaping of its own
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _template(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedfin import cli_client, cli_demo, cli_privacy, cli_server
+from fedfin import cli_audit, cli_client, cli_demo, cli_privacy, cli_report, cli_server
 
 __all__ = ["app", "main"]
 
@@ -22,6 +22,8 @@ app = typer.Typer(
 app.add_typer(cli_server.app, name="server")
 app.add_typer(cli_client.app, name="client")
 app.add_typer(cli_privacy.app, name="privacy")
+app.add_typer(cli_audit.app, name="audit")
+app.command(name="report", epilog=cli_report.EPILOG)(cli_report.report)
 app.command(name="demo", epilog=cli_demo.EPILOG)(cli_demo.demo)
 
 

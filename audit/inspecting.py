@@ -1,0 +1,293 @@
+"""Checks whatever it is handed: a log, a folder with one, a run directory, an evidence pack, an export, a proof.
+
+Offline and read-only. What a folder holds decides what is checked: every file against a manifest, the log against
+itself and against who vouches for it, the roster's versions against the federation's root, and what the run's files
+say against what the log says.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, Literal
+
+from fedfin.audit.findings import CHANGED, FoundError, Wrong
+from fedfin.audit.verifying import Check, Report, Trust, verify_log
+
+from fedfin.audit.checkpoint import fingerprint, parse_checkpoint
+from fedfin.audit.events import CheckpointSeen
+from fedfin.audit.exporting import EXPORT_FORMAT, verify_export
+from fedfin.audit.membership import ROSTER, Membership, read_membership
+from fedfin.audit.pack import RUN_FOLDER
+from fedfin.audit.pack_files import read_manifest, unzip_pack
+from fedfin.audit.proving import PROOF_FORMAT, verify_proof
+from fedfin.audit.reading import open_log
+from fedfin.audit.run_checking import LOG, check_run
+from fedfin.audit.run_record import read_run
+from fedfin.errors import AuditError
+
+__all__ = ["Inspection", "Kind", "anchors_of", "inspect", "origin_of"]
+
+Kind = Literal["log", "folder", "run directory", "evidence pack", "export", "proof"]
+
+_SQLITE: Final = b"SQLite format 3\x00"
+
+_SUFFIXES: Final[dict[str, Kind]] = {
+    ".db": "log",
+    ".zip": "evidence pack",
+    ".json": "proof",
+    ".jsonl": "export",
+}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What was checked of something, and the first thing that is wrong.
+
+    Attributes:
+        path: What was handed in.
+        kind: What it is.
+        checked: What holds, in the order in which it was checked.
+        notes: What is not wrong but should be known.
+        wrong: None where nothing is.
+        where: The file that the wrong thing is in; relative to `path`, or itself.
+        log: The report of the log, export or proof; None where it did not come to that.
+    """
+
+    path: Path
+    kind: Kind
+    checked: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    wrong: Wrong | None = None
+    where: str = ""
+    log: Report | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.wrong is None
+
+    def take(self, report: Report, where: str) -> None:
+        """Take over what a check of a log, an export or a proof found."""
+        self.log = report
+        self.checked += report.checked
+        self.notes += report.notes
+        if self.wrong is None and report.wrong is not None:
+            self.wrong, self.where = report.wrong, where
+
+
+def inspect(path: Path, trust: Trust | None = None, progress: Progress | None = None) -> Inspection:
+    """Check something; what is wrong is reported, not raised.
+
+    Args:
+        path: A file or folder.
+        trust: What is known from elsewhere. A fingerprint may be that of the federation's root certificate, where the
+            folder holds what leads from it to the coordinator's key.
+        progress: Called with (entries done, entries in all).
+
+    Raises:
+        AuditError: The path is nothing that can be checked.
+    """
+    trust = trust or Trust()
+    kind = _kind(path)
+    found = Inspection(path, kind)
+    try:
+        match kind:
+            case "log":
+                _inspect_log(path, trust, found, progress)
+            case "export":
+                found.take(verify_export(path, trust, progress=progress), path.name)
+            case "proof":
+                found.take(verify_proof(path, trust), path.name)
+            case "folder":
+                _inspect_log(path / LOG, trust, found, progress)
+            case "run directory":
+                _inspect_run(path, "", trust, found, progress)
+            case "evidence pack":
+                _inspect_pack(path, trust, found, progress)
+    except FoundError as error:
+        found.wrong = error.wrong
+        found.where = found.where or path.name
+    except AuditError as error:
+        found.wrong = Wrong(None, str(error), "it cannot be checked further")
+        found.where = found.where or path.name
+    return found
+
+
+def anchors_of(path: Path, origin: str) -> tuple[str, ...]:
+    """Return the checkpoints of one log that a file holds: a note, or a log of someone who was shown them.
+
+    Args:
+        path: A signed note, or the log of a lender or of the coordinator.
+        origin: Of the log that they are of.
+
+    Raises:
+        AuditError: The file is neither, or holds none of that log.
+    """
+    if path.is_dir():
+        path = path / LOG
+    with path.open("rb") as file:
+        is_log = file.read(len(_SQLITE)) == _SQLITE
+    if not is_log:
+        note = path.read_text(encoding="utf-8")
+        found = (note,) if parse_checkpoint(note).origin == origin else ()
+    else:
+        with open_log(path) as log:
+            seen = (entry.event for _, entry in log.entries() if entry is not None)
+            notes = [event.note for event in seen if isinstance(event, CheckpointSeen)]
+            own = [note for _, note in log.checkpoints()]
+            found = tuple(note for note in (*notes, *own) if parse_checkpoint(note).origin == origin)
+    if not found:
+        msg = f"{path} holds no checkpoint of the log {origin}; name a log or a note of someone who was shown one"
+        raise AuditError(msg)
+    return found
+
+
+def origin_of(path: Path) -> str:
+    """Return the name of the log that something is of, unverified: for looking up who holds a checkpoint of it.
+
+    Raises:
+        AuditError: It cannot be told.
+    """
+    if path.is_dir():
+        path = next((found for found in (path / LOG, path / RUN_FOLDER / LOG) if found.exists()), path / LOG)
+    if path.is_file() and _kind_of_file(path) == "log":
+        with open_log(path) as log:
+            return log.origin
+    msg = f"{path} is no log and no folder with one, which --checkpoint needs; take a zip file apart first"
+    raise AuditError(msg)
+
+
+def _kind(path: Path) -> Kind:
+    return _kind_of_folder(path) if path.is_dir() else _kind_of_file(path)
+
+
+def _kind_of_folder(path: Path) -> Kind:
+    if (path / RUN_FOLDER).is_dir():
+        return "evidence pack"
+    if (path / "run.json").exists():
+        return "run directory"
+    if (path / LOG).exists():
+        return "folder"
+    msg = f"{path} holds no log ({LOG}), no run (run.json) and no evidence pack; name one that does"
+    raise AuditError(msg)
+
+
+def _kind_of_file(path: Path) -> Kind:
+    """Tell by the first bytes, and where those were damaged by the name."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(65536)
+    except OSError as error:
+        msg = f"{path} cannot be read ({error.strerror}); name a log, a run directory, a pack, an export or a proof"
+        raise AuditError(msg) from error
+    kinds: list[tuple[Kind, bool]] = [
+        ("log", start.startswith(_SQLITE)),
+        ("evidence pack", start.startswith(b"PK")),
+        ("proof", PROOF_FORMAT.encode() in start),
+        ("export", EXPORT_FORMAT.encode() in start),
+    ]
+    kinds += [(kind, path.suffix == suffix) for suffix, kind in _SUFFIXES.items()]
+    kind = next((kind for kind, fits in kinds if fits), None)
+    if kind is None:
+        msg = f"{path} is nothing of fedfin's evidence; name a log, a run directory, a pack, an export or a proof"
+        raise AuditError(msg)
+    return kind
+
+
+def _inspect_pack(path: Path, trust: Trust, found: Inspection, progress: Progress | None) -> None:
+    if path.is_dir():
+        _inspect_pack_folder(path, trust, found, progress)
+        return
+    with tempfile.TemporaryDirectory(prefix="fedfin-pack-") as scratch:
+        folder = Path(scratch) / "pack"
+        folder.mkdir()
+        unzip_pack(path, folder)
+        found.checked.append(Check("zip", f"{path.name} is byte for byte as fedfin writes its files"))
+        _inspect_pack_folder(folder, trust, found, progress)
+
+
+def _inspect_pack_folder(folder: Path, trust: Trust, found: Inspection, progress: Progress | None) -> None:
+    found.where = ""
+    manifest = read_manifest(folder)
+    signed = f", signed by the key {manifest.signed_by}" if manifest.signed_by else ""
+    found.checked.append(Check("manifest", f"{manifest.num_files} files are those that it names{signed}"))
+    if manifest.signed_by is None:
+        found.notes.append(
+            "nobody signed the pack's manifest: report and model card are by whoever made the pack; what is in run/"
+            " stands for itself"
+        )
+    _inspect_run(folder / RUN_FOLDER, f"{RUN_FOLDER}/", trust, found, progress)
+    if found.ok:
+        record = read_run(folder / RUN_FOLDER)
+        if record.job != manifest.job:
+            what = f"the manifest is of the job {manifest.job}, and the run in the pack is {record.job}"
+            raise FoundError(None, what, CHANGED)
+        owner = None if found.log is None else found.log
+        signer = manifest.signed_by
+        if signer and owner is not None and signer not in _keys_of(folder / RUN_FOLDER / LOG):
+            what = f"the manifest is signed by the key {signer}, which is not the coordinator's"
+            raise FoundError(None, what, "somebody else made this pack: ask the coordinator for its own")
+
+
+def _inspect_log(path: Path, trust: Trust, found: Inspection, progress: Progress | None) -> None:
+    """Check a log by itself, and where it is the coordinator's against the roster that lies beside it."""
+    with open_log(path) as log:
+        is_coordinator = log.side == "coordinator"
+    membership = None
+    if is_coordinator:
+        found.where = ROSTER
+        membership = read_membership(path.parent, trust.fingerprints)
+        _tell_membership(membership, found)
+    found.where = path.name
+    # A federation that has only begun has no final checkpoint, and nothing is wrong with that.
+    found.take(verify_log(path, _trust_of(trust, membership, 0), progress=progress), path.name)
+
+
+def _inspect_run(path: Path, prefix: str, trust: Trust, found: Inspection, progress: Progress | None) -> None:
+    found.where = f"{prefix}run.json"
+    record = read_run(path)
+    found.where = f"{prefix}{ROSTER}"
+    membership = read_membership(path, trust.fingerprints)
+    _tell_membership(membership, found)
+    found.where = f"{prefix}{LOG}"
+    if not (path / LOG).exists():
+        what = f"the run {record.job} has no log ({prefix}{LOG})"
+        raise FoundError(
+            None, what, "it was taken away, or the run was made by a release without one: ask for it"
+        )
+    threshold = 0 if membership is None else membership.quorum
+    found.take(
+        verify_log(path / LOG, _trust_of(trust, membership, threshold), progress=progress), f"{prefix}{LOG}"
+    )
+    if found.ok:
+        found.checked += check_run(record, path / LOG, membership)
+        found.where = ""
+
+
+def _tell_membership(membership: Membership | None, found: Inspection) -> None:
+    if membership is None:
+        found.notes.append(
+            "no signed roster is beside the log: who may cosign it is not known, and no cosignature was counted"
+        )
+    else:
+        found.checked.append(Check("roster", membership.told))
+
+
+def _trust_of(trust: Trust, membership: Membership | None, threshold: int) -> Trust:
+    if membership is None:
+        return trust
+    fingerprints = trust.fingerprints
+    if membership.root in fingerprints:  # the root states the coordinator's key
+        fingerprints = fingerprints - {membership.root} | {membership.coordinator}
+    witnesses = {**membership.witnesses, **trust.witnesses}
+    return replace(
+        trust, fingerprints=fingerprints, witnesses=witnesses, threshold=max(trust.threshold, threshold)
+    )
+
+
+def _keys_of(path: Path) -> set[str]:
+    with open_log(path) as log:
+        return {fingerprint(key) for _, key in log.signers()}

@@ -1,0 +1,120 @@
+"""Holds what a run's files say against what the federation's log says, and the lenders' signatures in the log.
+
+The files of a run tell a reader what happened; only the log is signed entry by entry and cosigned. So each figure that
+stands in both must be the same, the models of the rounds must follow one on the other, and who consented must have
+signed with an identity key of the roster.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from fedfin.audit.findings import FoundError
+from fedfin.audit.verifying import Check
+
+from fedfin.audit.consents import Answer, verify_answer
+from fedfin.audit.events import Candidate, Consent, Event, PlanProposed, Receipt, Release, RoundCompleted
+from fedfin.audit.membership import Membership
+from fedfin.audit.reading import open_log
+from fedfin.audit.run_record import RunRecord
+from fedfin.errors import AuditError
+
+__all__ = ["LOG", "check_run"]
+
+LOG: Final = "audit.db"
+
+_DISAGREE: Final = "a file of the run was changed after the run: rely on none of it, and ask for it again"
+_EXCHANGED: Final = "the coordinator exchanged the model between two rounds: ask it why, and rely on neither"
+_INVENTED: Final = "a lender was invented, or its answer: ask that lender"
+
+
+@dataclass(slots=True)
+class _Told:
+    """What the log says of one job."""
+
+    plan: str = ""
+    rounds: dict[int, tuple[str, str]] = field(default_factory=dict)
+    num_answers: int = 0
+
+
+def check_run(record: RunRecord, path: Path, membership: Membership | None) -> list[Check]:
+    """Check a run's files against its log, which has been verified.
+
+    Args:
+        record: Of the files.
+        path: The log.
+        membership: Whose signatures stand under the lenders' answers; None where there is no roster.
+
+    Raises:
+        FoundError: They disagree, or an answer is not signed by the lender that it is of.
+    """
+    told = _Told()
+    with open_log(path) as log:
+        origin = log.origin
+        for index, entry in log.entries():
+            if entry is not None:
+                _take(entry.event, index, record, told)
+                _check_answer(entry.event, index, membership, origin, told)
+    if not told.plan:
+        what = f"the log names no plan of the job {record.job}"
+        raise FoundError(None, what, "it is the log of another run: ask for the right one")
+    if told.plan != record.plan_digest:
+        what = f"run.json states the plan {record.plan_digest[:16]}, and the log {told.plan[:16]}"
+        raise FoundError(None, what, _DISAGREE)
+    _check_rounds(record, told)
+    checked = [Check("run", f"plan, {len(told.rounds)} rounds and model are those that the log names")]
+    if told.num_answers:
+        checked.append(
+            Check(
+                "answers",
+                f"{told.num_answers} consents and receipts are signed by the lenders that gave them",
+            )
+        )
+    return checked
+
+
+def _take(event: Event, index: int, record: RunRecord, told: _Told) -> None:
+    match event:
+        case PlanProposed(job=job, digest=digest) if job == record.job:
+            told.plan = digest
+        case RoundCompleted(job=job, round=number) as done if job == record.job:
+            before = told.rounds.get(number - 1)
+            if before is not None and before[1] != done.model_before:
+                what = f"round {number} did not begin with the model that round {number - 1} ended with"
+                raise FoundError(index, what, _EXCHANGED)
+            told.rounds[number] = done.model_before, done.model_after
+        case Candidate(job=job, model=model) | Release(job=job, model=model) if job == record.job:
+            if record.model is not None and model != record.model.digest:
+                what = f"run.json names the model {record.model.digest[:16]}, and the log {model[:16]}"
+                raise FoundError(index, what, _DISAGREE)
+        case _:
+            pass
+
+
+def _check_answer(event: Event, index: int, membership: Membership | None, origin: str, told: _Told) -> None:
+    if membership is None or not isinstance(event, Consent | Receipt) or event.signature is None:
+        return
+    keys = membership.identities.get(event.member)
+    if keys is None:
+        what = f"{event.member} answered job {event.job}, and is in no version of the roster"
+        raise FoundError(index, what, _INVENTED)
+    if not any(_holds(event, key, origin) for key in keys):
+        what = f"the {event.type} of {event.member} to job {event.job} is not signed by its identity key"
+        raise FoundError(index, what, _INVENTED)
+    told.num_answers += 1
+
+
+def _holds(event: Answer, key: Ed25519PublicKey, origin: str) -> bool:
+    try:
+        verify_answer(event, key, origin)
+    except AuditError:
+        return False
+    return True
+
+
+def _check_rounds(record: RunRecord, told: _Told) -> None:
+    stated = {one.number for one in record.completed_rounds}
+    for number in sorted(stated ^ told.rounds.keys()):
+        has, lacks = ("rounds.jsonl", "the log") if number in stated else ("the log", "rounds.jsonl")
+        raise FoundError(None, f"{has} has round {number}, which {lacks} has not", _DISAGREE)

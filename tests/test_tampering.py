@@ -1,0 +1,203 @@
+"""What may be done to a federation's evidence, and that `fedfin audit verify` names it with exit status 1."""
+
+import json
+import shutil
+import sqlite3
+
+import pytest
+from evidence_house import JOB, MEMBERS, consent, cosigned, federation_log, run_directory
+from rosters import authority, coordinator, founded, keys_of, signed, version
+from typer.testing import CliRunner
+
+from fedfin.audit.events import CheckpointSeen, RoundCompleted, Service
+from fedfin.audit.log import AuditLog
+from fedfin.audit.reading import open_log
+from fedfin.cli import app
+from fedfin.identity import create_identity_key
+from fedfin.roster_chain import RosterChain
+
+ROOT = authority().fingerprint
+
+
+def verify(path, *options, trust=ROOT):
+    result = CliRunner().invoke(app, ["audit", "verify", str(path), "--json", "--trust", trust, *options])
+    document = json.loads(result.stdout)
+    assert result.exit_code == (0 if document.get("ok") else 1)
+    return document
+
+
+def wrong(path, *options, trust=ROOT):
+    document = verify(path, *options, trust=trust)
+    assert not document["ok"]
+    return document["wrong"]["what"]
+
+
+def tampered(path, *statements):
+    """Change a log as someone who owns the file can: the triggers that refuse it are put back afterwards."""
+    with sqlite3.connect(path) as db:
+        triggers = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+        for name, _ in triggers:
+            db.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            db.execute(statement)
+        for _, sql in triggers:
+            db.execute(sql)
+    db.close()
+
+
+@pytest.fixture
+def fed(tmp_path):
+    """The coordinator's folder."""
+    return federation_log(tmp_path / "fed")
+
+
+@pytest.fixture
+def run(tmp_path, fed):
+    return run_directory(tmp_path, fed)
+
+
+def lender_log(folder, *notes):
+    """A lender's log that holds checkpoints of the coordinator's."""
+    folder.mkdir()
+    key = keys_of("city-bank").identity
+    with AuditLog.create(
+        folder / "audit.db", origin="fedfin/test/lender/city-bank", actor="city-bank", key=key, side="lender"
+    ) as log:
+        for note in notes:
+            log.append(CheckpointSeen(member="coordinator", size=1, note=note, cosigned=True))
+    return folder
+
+
+def test_what_nobody_touched_passes(fed, run):
+    document = verify(run)
+    assert document["log"]["cosigned"]["by"] == list(MEMBERS)
+    assert {check["what"] for check in document["checked"]} >= {
+        "roster",
+        "tree",
+        "signatures",
+        "owner",
+        "run",
+    }
+    assert verify(fed, trust=founded(MEMBERS).statement.fingerprint)["ok"]
+
+
+def test_an_entry_that_was_changed(run):
+    tampered(
+        run / "audit.db",
+        "UPDATE body SET content = CAST(replace(content, 'north', 'south') AS BLOB) WHERE idx = 3",
+    )
+    assert "entry 3" in wrong(run)
+
+
+def test_an_entry_that_was_removed(run):
+    tampered(run / "audit.db", "DELETE FROM body WHERE idx = 4", "DELETE FROM entry WHERE idx = 4")
+    assert "entry 4" in wrong(run)
+
+
+def test_entries_that_were_reordered(run):
+    swap = "UPDATE {0} SET idx = CASE idx WHEN 2 THEN 1002 ELSE 1003 END WHERE idx IN (2, 3)"
+    back = "UPDATE {0} SET idx = 1005 - idx WHERE idx > 1000"
+    tampered(run / "audit.db", *(text.format(table) for table in ("body", "entry") for text in (swap, back)))
+    assert "tree" in wrong(run) or "entry 2" in wrong(run) or "hash" in wrong(run)
+
+
+def test_a_tail_that_was_cut_off(run):
+    with open_log(run / "audit.db") as log:
+        last = log.size - 1
+    tampered(
+        run / "audit.db", f"DELETE FROM body WHERE idx = {last}", f"DELETE FROM entry WHERE idx = {last}"
+    )
+    assert wrong(run)
+
+
+def test_a_database_that_was_restored_from_yesterday(fed, tmp_path):
+    yesterday = (fed / "audit.db").read_bytes()
+    with AuditLog.open(fed / "audit.db", key=coordinator().key) as log:
+        log.append(Service(action="stopped", release="0.1.0"))
+        held = cosigned(log)
+    (fed / "audit.db").write_bytes(yesterday)
+    own = founded(MEMBERS).statement.fingerprint
+    assert verify(fed, trust=own)["ok"]  # by itself it looks right: only what others hold shows it
+    lender = lender_log(tmp_path / "city-bank", held)
+    assert "held elsewhere" in wrong(fed, "--checkpoint", str(lender), trust=own)
+
+
+def test_a_fork_that_one_lender_was_shown(fed, tmp_path):
+    shutil.copytree(fed, tmp_path / "other")
+    notes = []
+    for folder, action in ((fed, "stopped"), (tmp_path / "other", "started")):
+        with AuditLog.open(folder / "audit.db", key=coordinator().key) as log:
+            log.append(Service(action=action, release="0.1.0"))
+            notes.append(log.checkpoint())
+    shown = tmp_path / "shown.note"
+    shown.write_text(notes[1])
+    told = wrong(fed, "--checkpoint", str(shown), trust=founded(MEMBERS).statement.fingerprint)
+    assert "another root" in told
+
+
+def test_a_checkpoint_by_another_key(fed, run, tmp_path):
+    shutil.copytree(fed, tmp_path / "forged")
+    (tmp_path / "forged" / "audit.db").unlink()
+    with AuditLog.create(
+        tmp_path / "forged" / "audit.db",
+        origin="fedfin/test/coordinator",
+        actor="coordinator",
+        key=create_identity_key(),
+        side="coordinator",
+    ) as log:
+        log.append(Service(action="started", release="0.1.0"))
+        note = log.checkpoint()
+    tampered(run / "audit.db", f"INSERT INTO checkpoint VALUES (1, '{note}')")
+    assert "not signed by the key" in wrong(run)
+    shutil.copy(tmp_path / "forged" / "audit.db", run / "audit.db")
+    assert "not among those trusted" in wrong(run) or "cosigned" in wrong(run)
+
+
+def test_a_roster_with_an_invented_lender(tmp_path, fed):
+    first = founded(MEMBERS)
+    invented = signed(version((*MEMBERS, "made-up"), first.last), ("made-up",))
+    run = run_directory(tmp_path, fed, roster=RosterChain(first.statement, (*first.versions, invented)))
+    told = wrong(run)
+    assert "roster.json" in told
+    assert "lacks signatures" in told
+
+
+def test_a_consent_of_an_invented_lender_or_by_another_key(tmp_path):
+    for number, (name, key, told) in enumerate(
+        [
+            ("made-up", keys_of("made-up").identity, "in no version of the roster"),
+            ("city-bank", create_identity_key(), "not signed by its identity key"),
+        ]
+    ):
+        fed = federation_log(tmp_path / f"fed{number}", extra=(consent(name, key=key),))
+        run = run_directory(tmp_path / str(number), fed)
+        assert told in wrong(run)
+
+
+def test_too_few_cosignatures(tmp_path):
+    fed = federation_log(tmp_path / "fed", cosigners=MEMBERS[:2])
+    assert "cosigned by 3 of the 3" in wrong(run_directory(tmp_path, fed))
+
+
+def test_another_federation(run):
+    assert "the roster is of the federation" in wrong(run, trust="0" * 64)
+
+
+def test_files_of_a_run_that_say_something_else_than_the_log(run):
+    lines = (run / "rounds.jsonl").read_text()
+    (run / "rounds.jsonl").write_text(lines.replace('"round": 2', '"round": 7'))
+    assert "round" in wrong(run)
+    (run / "rounds.jsonl").write_text(lines)
+    (run / "audit.db").unlink()
+    assert "has no log" in wrong(run)
+
+
+def test_a_model_that_was_exchanged_between_two_rounds(tmp_path):
+    exchanged = RoundCompleted(
+        job=JOB, round=3, cohort=MEMBERS, seconds="1", model_before="0" * 64, model_after="1" * 64
+    )
+    fed = federation_log(tmp_path / "fed")
+    with AuditLog.open(fed / "audit.db", key=coordinator().key) as log:
+        log.append(exchanged)
+        cosigned(log)
+    assert "round 3 did not begin with" in wrong(run_directory(tmp_path, fed))
