@@ -1,5 +1,6 @@
 """A job as this lender accepted it, read back from its folder for every question."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ from fedfin.client.folder import JobFolder, LenderFolder
 from fedfin.errors import ConfigError, LinkError, PolicyRefusalError
 from fedfin.plan import JobPlan
 from fedfin.roster import Roster
+from fedfin.roster_chain import RosterChain
 
 __all__ = ["AcceptedJob", "require_accepted"]
 
@@ -80,8 +82,10 @@ def require_accepted(folder: LenderFolder, job_id: str, snapshot: str | None) ->
 
 def _roster_of(job: JobFolder, accepted: dict[str, Any]) -> Roster | None:
     text = accepted.get("roster", "")
+    # in clear nothing rests on the roster
+    secure = json.loads(accepted["plan"])["aggregation"] == "secure"
     try:
-        return Roster.from_json(text) if text else None
+        return RosterChain.from_json(text).last.roster() if secure else None
     except LinkError as error:
         msg = f"{job.path / 'job.json'} is damaged ({error}); restore it from the backup"
         raise ConfigError(msg) from error

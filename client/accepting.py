@@ -7,14 +7,15 @@ from pydantic import ValidationError
 
 from fedfin.audit.events import Approval, Budget, Consent, Event, PlanProposed, bounded, real
 from fedfin.client.folder import LenderFolder
-from fedfin.client.pinning import accept_roster
+from fedfin.client.pinning import accept_chain
 from fedfin.client.policy import check_colluders
 from fedfin.client.scoring import event_of_evaluation, reserve_evaluations
 from fedfin.client.stages import Stages
 from fedfin.errors import BudgetSpentError, DataError, LinkError, PolicyRefusalError
 from fedfin.plan import JobPlan
 from fedfin.privacy.ledger import Ledger
-from fedfin.roster import Roster
+from fedfin.roster_chain import RosterChain
+from fedfin.roster_versions import RosterMember
 from fedfin.strategies.strategy import lender_weight
 from fedfin.update import Propose
 
@@ -40,27 +41,26 @@ def parse_plan(text: str) -> JobPlan:
         raise LinkError(msg) from error
 
 
-def check_proposal(question: Propose, plan: JobPlan, folder: LenderFolder, own_key: str) -> int:
+def check_proposal(question: Propose, plan: JobPlan, folder: LenderFolder, own: RosterMember) -> int:
     """Hold a new job against the policy and the pinned roster; return the roster's members, 0 for plain aggregation.
 
     Args:
         question: The proposal.
         plan: Its plan.
         folder: The lender's.
-        own_key: This lender's public identity key, PEM.
+        own: This lender's row in the roster, with the keys that it holds.
 
     Raises:
         PolicyRefusalError: The policy does not allow the plan, or the roster is smaller than its quorum.
-        ProtocolRefusalError: This lender does not go by the roster; see `accept_roster`.
-        LinkError: The roster does not parse, or came with a plan of plain aggregation.
+        ProtocolRefusalError: This lender does not go by the roster; see `accept_chain`.
+        LinkError: The roster does not parse.
     """
     if plan.aggregation == "plain":
-        if question.roster:
-            msg = "a job of aggregation plain came with a roster; both sides must run the same release"
-            raise LinkError(msg)
+        if question.roster:  # nothing in clear rests on it; it is held to all the same, and pinned
+            accept_chain(folder, question.roster, own)
         return 0
     # before the roster is pinned: a proposal that came too early must not bind this lender to a roster of few
-    num_members = len(Roster.from_json(question.roster).keys)
+    num_members = len(RosterChain.from_json(question.roster).last.members)
     if num_members < plan.cohort.min_lenders:
         msg = (
             f"the roster has {num_members} members, and cohort.min_lenders is {plan.cohort.min_lenders}; wait for more"
@@ -68,7 +68,7 @@ def check_proposal(question: Propose, plan: JobPlan, folder: LenderFolder, own_k
         )
         raise PolicyRefusalError(msg)
     check_colluders(plan, num_members, folder.config.policy)
-    accept_roster(folder, question.roster, own_key)
+    accept_chain(folder, question.roster, own)
     return num_members
 
 

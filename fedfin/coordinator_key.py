@@ -107,7 +107,9 @@ class CoordinatorStatement:
         try:
             return cls.from_document(json.loads(text))
         except (ValueError, RecursionError) as error:
-            msg = "the statement of the coordinator's key does not parse; both sides must run the same release"
+            msg = (
+                "the statement of the coordinator's key does not parse; both sides must run the same release"
+            )
             raise LinkError(msg) from error
 
     @classmethod
@@ -121,7 +123,9 @@ class CoordinatorStatement:
             or not set(document["signature"]) <= _HEX
             or len(document["signature"]) % 2
         ):
-            msg = "the statement of the coordinator's key does not parse; both sides must run the same release"
+            msg = (
+                "the statement of the coordinator's key does not parse; both sides must run the same release"
+            )
             raise LinkError(msg)
         statement = cls(**document)
         statement.public_key()

@@ -156,7 +156,9 @@ class RosterChain:
 
     def _check_link(self, before: RosterVersion | None, version: RosterVersion, place: int) -> None:
         if version.coordinator != self.statement.key or version.federation != self.statement.federation:
-            what = f"version {place} of the roster is of another coordinator or federation than the stated one"
+            what = (
+                f"version {place} of the roster is of another coordinator or federation than the stated one"
+            )
             raise ProtocolRefusalError("roster_chain", what)
         previous = "" if before is None else before.digest()
         if version.number != place or version.previous != previous:

@@ -21,6 +21,7 @@ from fedfin.update import (
     Open,
     Propose,
     ShareKeys,
+    ShowRoster,
     Train,
     Unmask,
 )
@@ -41,6 +42,7 @@ MESSAGE_TYPES: Final[dict[type[Message], str]] = {
     Confirm: "query.confirm",
     Unmask: "query.unmask",
     Finish: "query.finish",
+    ShowRoster: "query.roster",
 }
 """Flower's message type for each request of ours."""
 

@@ -13,7 +13,7 @@ from fedfin.errors import ConfigError, LinkError
 
 __all__ = ["FederationFile"]
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 _SCHEMA: Final = """
 CREATE TABLE invitations (
     name TEXT PRIMARY KEY, secret_hash TEXT NOT NULL UNIQUE, expires_at TEXT NOT NULL, used_at TEXT);
@@ -37,10 +37,18 @@ CREATE TABLE sums (
     job_id TEXT NOT NULL REFERENCES jobs, stage TEXT NOT NULL, attempt INTEGER NOT NULL, base INTEGER,
     sharers TEXT, survivors TEXT, PRIMARY KEY (job_id, stage, attempt));
 """
-_FROM_1: Final = f"""
+_ROSTERS: Final = """
+CREATE TABLE roster_versions (number INTEGER PRIMARY KEY, signed TEXT NOT NULL, completed_at TEXT NOT NULL);
+CREATE TABLE roster_candidate (place INTEGER PRIMARY KEY CHECK (place = 1), signed TEXT NOT NULL);
+"""
+_MIGRATIONS: Final = {
+    1: f"""
 ALTER TABLE checkpoints ADD COLUMN moments BLOB NOT NULL DEFAULT x'';
 ALTER TABLE checkpoints ADD COLUMN num_loans REAL NOT NULL DEFAULT 0;
-{_SECURE_SUMS}"""
+{_SECURE_SUMS}""",
+    2: _ROSTERS,
+}
+"""What brings a database of a version to the next."""
 
 
 class FederationFile:
@@ -62,7 +70,7 @@ class FederationFile:
         path.touch(mode=0o600)
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
-            connection.executescript(f"{_SCHEMA}{_SECURE_SUMS}PRAGMA user_version={_VERSION};")
+            connection.executescript(f"{_SCHEMA}{_SECURE_SUMS}{_ROSTERS}PRAGMA user_version={_VERSION};")
 
     @contextlib.contextmanager
     def reading(self) -> Generator[sqlite3.Connection]:
@@ -103,7 +111,7 @@ class FederationFile:
             connection = sqlite3.connect(self._path, timeout=10, isolation_level=None)
             connection.execute("PRAGMA synchronous=FULL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version == 1:
+            if version in _MIGRATIONS:
                 version = _migrate(connection)
         except sqlite3.Error as error:
             msg = f"{self._path} cannot be opened ({error}); restore it from its backup"
@@ -116,16 +124,18 @@ class FederationFile:
 
 
 def _migrate(connection: sqlite3.Connection) -> int:
-    """Bring a database of version 1 to version 2, wholly or not at all; return its version."""
+    """Bring a database of an earlier version to this one, wholly or not at all; return its version."""
     connection.execute("BEGIN IMMEDIATE")
     try:
-        # another process may have done it since
-        if connection.execute("PRAGMA user_version").fetchone()[0] == 1:
-            for statement in filter(str.strip, _FROM_1.split(";")):
+        # read again: another process may have done it since
+        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        while version in _MIGRATIONS:
+            for statement in filter(str.strip, _MIGRATIONS[version].split(";")):
                 connection.execute(statement)
-            connection.execute("PRAGMA user_version=2")
+            version += 1
+        connection.execute(f"PRAGMA user_version={version}")
         connection.execute("COMMIT")
     except sqlite3.Error:
         connection.execute("ROLLBACK")
         raise
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+    return version

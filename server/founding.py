@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
 
+from fedfin.audit.log import AuditLog
 from fedfin.config import FederationConfig
 from fedfin.coordinator_key import CoordinatorIdentity, CoordinatorStatement
 from fedfin.errors import ConfigError, LinkError
@@ -25,6 +26,7 @@ from fedfin.identity import (
 from fedfin.parsing import load_config
 from fedfin.plan import JobPlan
 from fedfin.reference import annotated
+from fedfin.server.journal import open_federation_log
 from fedfin.server.roster import FederationStore
 
 __all__ = ["Federation", "found", "open_federation"]
@@ -44,6 +46,7 @@ class Federation:
         self.server_certificate_path = self.directory / "server.pem"
         self.server_key_path = self.directory / "keys" / "server.key"
         self.statement_path = self.directory / "coordinator.json"
+        self.log_path = self.directory / "audit.db"
         self.runs_path = self.directory / "runs"
 
     def authority(self) -> CertificateAuthority:
@@ -66,6 +69,18 @@ class Federation:
             msg = f"{self.statement_path} is of another key than keys/identity.key; restore both from the backup"
             raise ConfigError(msg)
         return CoordinatorIdentity(statement, key)
+
+    def log(self) -> AuditLog:
+        """Open the federation's log, made where there is none; the caller closes it.
+
+        Raises:
+            AuditError: It cannot be made or opened, or another key signs it.
+            ConfigError: As `identity`.
+        """
+        identity = self.identity()
+        return open_federation_log(
+            self.log_path, identity.key, federation=self.config.federation, root=identity.statement.root
+        )
 
     def schema_text(self) -> str:
         """Return schema.yaml as it stands.
@@ -160,14 +175,18 @@ def found(directory: Path, *, name: str, address: str, schema_text: str, job: di
     write_public(directory / "schema.yaml", schema_text.encode())
     FederationStore.create(directory / "federation.db")
     write_public(directory / "federation.yaml", text.encode())  # last: with it the folder counts as made
-    return Federation(directory / "federation.yaml")
+    federation = Federation(directory / "federation.yaml")
+    federation.log().close()
+    return federation
 
 
 def _make_identity(directory: Path, authority: CertificateAuthority, name: str) -> None:
     """Make the coordinator's identity key, and have the authority state it; two processes may do so at once."""
     path = directory / "keys" / "identity.key"
     if not path.exists():
-        with contextlib.suppress(ConfigError):  # the other process was quicker, or what follows says what is wrong
+        with contextlib.suppress(
+            ConfigError
+        ):  # the other process was quicker, or what follows says what is wrong
             write_private(path, private_pem(create_identity_key()))
     key = load_identity_key(path, "`fedfin server init`")
     statement = CoordinatorStatement.make(authority, name, key.public_key())

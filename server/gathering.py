@@ -1,19 +1,23 @@
 """Who takes part in a job: proposals, refusals, the quorum, and for whom the coordinator waits.
 
 Under secure aggregation the roster of a job is frozen when it is first proposed, which is when everyone that is waited
-for is online; it goes into every proposal, and who enrols later waits for the next job.
+for is online and the roster's version is signed; its chain goes into every proposal, and who enrols later waits for the
+next job. In clear nothing rests on it: lenders are asked for their signatures, and not waited for.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection
 from typing import Final
 
-from fedfin.errors import QuorumError
+from fedfin.errors import ConfigError, LinkError, QuorumError
 from fedfin.plan import JobPlan
 from fedfin.roster import Roster
+from fedfin.roster_chain import RosterChain
 from fedfin.server.exchange import Answers, Exchange
 from fedfin.server.jobs import SILENT_S, Say, Waiting
 from fedfin.server.roster import FederationStore
+from fedfin.server.roster_signing import RosterSigning
 from fedfin.strategies.sums import largest_weight
 from fedfin.update import Accepted, Message, Propose, Refused
 
@@ -40,6 +44,7 @@ class Gathering:
         plan: JobPlan,
         schema_fingerprint: str,
         *,
+        signing: RosterSigning,
         settle: Callable[[Collection[str]], None],
         say: Say,
     ) -> None:
@@ -51,6 +56,7 @@ class Gathering:
             job_id: The job's id.
             plan: Its plan.
             schema_fingerprint: Of the federation's schema.
+            signing: The roster's versions, and the way to their signatures.
             settle: Tells lenders how earlier jobs ended; called before they are asked for this one.
             say: Told of every step.
         """
@@ -59,6 +65,7 @@ class Gathering:
         self._job_id = job_id
         self._plan = plan
         self._schema_fingerprint = schema_fingerprint
+        self._signing = signing
         self._settle = settle
         self._say = say
         # who was left out stays out, whatever was restarted; who refused by itself is asked again
@@ -66,8 +73,8 @@ class Gathering:
         self._ask_again_at: dict[str, float] = {}
         self._waits: dict[str, str] = {}  # lenders that may agree later, with their reason
         self._told_newcomers: set[str] = set()
-        kept = store.roster(job_id)
-        self._roster = None if kept is None else Roster.from_json(kept)
+        self._chain = _kept_chain(store, job_id)
+        self._roster = None if self._chain is None else self._chain.last.roster()
 
     @property
     def roster(self) -> Roster:
@@ -102,8 +109,7 @@ class Gathering:
         why = "; ".join(f"{name} was left out, since {reason}" for name, reason in left_out.items())
         removals = ", ".join(f"`fedfin server remove {name}`" for name in left_out)
         return (
-            f"{why}. Run {removals}, then `fedfin server --new-job`, which spends the lenders' budgets again; each"
-            " lender's engineer approves the roster that is left (`fedfin client approve-roster`)"
+            f"{why}. Run {removals}, then `fedfin server --new-job`, which spends the lenders' budgets again"
         )
 
     def gather(self) -> None:
@@ -118,15 +124,12 @@ class Gathering:
         while True:
             members = self._members()
             late = time.monotonic() - started > cohort.start_timeout_s
-            if self._roster is None and self._plan.aggregation == "secure":
-                online = members & self._exchange.online()
-                invited = self._invited()
-                wanted = max(cohort.wait_for or len(members) + len(invited), cohort.min_lenders)
-                if len(online) < wanted and not (late and len(online) >= cohort.min_lenders):
-                    waiting.report(online, members - online, wanted, invited)
+            if self._plan.aggregation == "plain":
+                self._signing.ask(members & self._exchange.online())
+            elif self._roster is None:
+                if not self._settle_roster(waiting, late=late):
                     time.sleep(WAIT_S)
                     continue
-                self._freeze()
                 members = self._members()
             self.propose()
             here = members & self.accepted & self._ready()
@@ -149,14 +152,7 @@ class Gathering:
         if not new:
             return
         self._settle(new)  # first: what an abandoned job holds could not be reserved for this one
-        secure = self._plan.aggregation == "secure"
-        proposal = Propose(
-            self._job_id,
-            self._plan.model_dump_json(),
-            self._schema_fingerprint,
-            self.roster.to_json() if secure else "",
-        )
-        answers = self._exchange.ask(dict.fromkeys(new, proposal), Accepted, deadline_s=deadline_s)
+        answers = self._exchange.ask(self._proposals(new), Accepted, deadline_s=deadline_s)
         for name, reply in sorted(answers.replies.items()):
             self._take(name, reply, answers)
         for name in new:
@@ -234,9 +230,43 @@ class Gathering:
         now = time.monotonic()
         return frozenset(name for name in self._exchange.online() if self._ask_again_at.get(name, 0.0) <= now)
 
-    def _freeze(self) -> None:
-        roster = Roster.of({member.name: member.identity_key for member in self._store.members()})
-        self._roster = Roster.from_json(self._store.freeze_roster(self._job_id, roster.to_json()))
+    def _settle_roster(self, waiting: Waiting, *, late: bool) -> bool:
+        """Freeze the job's roster if it is signed and enough of its members are online; else say what is waited for.
+
+        The first version is asked for once everyone that is waited for is online, since it is signed by all. A later
+        one is asked for and not waited for: the last complete version serves, unless it is too small for the job.
+        """
+        cohort = self._plan.cohort
+        enrolled = {member.name: member.identity_key for member in self._store.members()}
+        chain, invited = self._signing.chain(), self._invited()
+        if chain is None:
+            members = set(enrolled)
+        else:
+            keys = chain.last.roster().keys
+            members, invited = {name for name, key in enrolled.items() if keys.get(name) == key}, []
+        online = members & self._exchange.online()
+        wanted = max(cohort.wait_for or len(members) + len(invited), cohort.min_lenders)
+        enough = len(online) >= wanted or (late and len(online) >= cohort.min_lenders)
+        if chain is not None or enough:
+            self._signing.ask(set(enrolled) & self._exchange.online())
+            if (signed := self._signing.chain()) != chain:
+                return signed is not None and self._settle_roster(waiting, late=late)
+        if chain is not None and enough:
+            self._chain = RosterChain.from_json(self._store.freeze_roster(self._job_id, chain.to_json()))
+            self._roster = self._chain.last.roster()
+            return True
+        waiting.report(online, members - online, wanted, invited, approvals=self._signing.waits_for())
+        return False
+
+    def _proposals(self, names: Collection[str]) -> dict[str, Message]:
+        """Return the proposal to each lender; in clear the roster goes to those who are in it with their keys."""
+        signed = self._chain if self._plan.aggregation == "secure" else self._signing.chain()
+        keys = {} if signed is None else signed.last.roster().keys
+        enrolled = {member.name: member.identity_key for member in self._store.members()}
+        plan = self._plan.model_dump_json()
+        bare = Propose(self._job_id, plan, self._schema_fingerprint)
+        full = bare if signed is None else dataclasses.replace(bare, roster=signed.to_json())
+        return {name: full if keys.get(name) == enrolled.get(name) else bare for name in names}
 
     def _members(self) -> set[str]:
         """Return who may take part; under secure aggregation the frozen roster's members, with the keys it states."""
@@ -285,3 +315,20 @@ class Gathering:
             self._store.save_answer(self._job_id, name, weight=reply.weight, reason=None)
             self._waits.pop(name, None)
             self._say({"event": "accepted", "lender": name})
+
+
+def _kept_chain(store: FederationStore, job_id: str) -> RosterChain | None:
+    """Return the roster that a job was frozen with, or None before.
+
+    Raises:
+        ConfigError: It was frozen by a release whose rosters nobody signed.
+    """
+    kept = store.roster(job_id)
+    try:
+        return None if kept is None else RosterChain.from_json(kept)
+    except LinkError as error:
+        msg = (
+            f"job {job_id} was started by a release whose rosters were not signed ({error}); run `fedfin server"
+            " --new-job`, which abandons it"
+        )
+        raise ConfigError(msg) from error

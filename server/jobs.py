@@ -78,9 +78,19 @@ class Waiting:
         self._last = ""
         self._at = 0.0
 
-    def report(self, here: set[str], away: set[str], wanted: int, invited: Sequence[str] = ()) -> None:
-        """Say who is online, who is away and how many are wanted, unless it was said a moment ago."""
-        text = json.dumps([sorted(here), sorted(away), wanted, list(invited)])
+    def report(
+        self,
+        here: set[str],
+        away: set[str],
+        wanted: int,
+        invited: Sequence[str] = (),
+        approvals: Sequence[str] = (),
+    ) -> None:
+        """Say who is online, who is away, how many are wanted and whose approval of the roster is waited for.
+
+        Nothing is said that was said a moment ago.
+        """
+        text = json.dumps([sorted(here), sorted(away), wanted, list(invited), list(approvals)])
         if text != self._last or time.monotonic() - self._at > SILENT_S:
             self._say(
                 {
@@ -89,6 +99,7 @@ class Waiting:
                     "for": sorted(away),
                     "invited": list(invited),
                     "wanted": wanted,
+                    "approvals": list(approvals),
                 }
             )
             self._last, self._at = text, time.monotonic()

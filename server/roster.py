@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from fedfin.errors import EnrolmentError
 from fedfin.invitation import Invitation
+from fedfin.roster_chain import SignedRoster
 from fedfin.server.database import FederationFile
+from fedfin.server.version_store import VersionStore
 
 __all__ = ["LEFT_OUT", "AskedSum", "Checkpoint", "FederationStore", "Job", "Member"]
 
@@ -105,6 +107,11 @@ class FederationStore:
         FederationFile.create(path)
         return cls(path)
 
+    @property
+    def versions(self) -> VersionStore:
+        """The signed versions of the roster, in the same file."""
+        return VersionStore(self._read, self._write)
+
     def invite(self, invitation: Invitation) -> None:
         """Keep the hash of an invitation, for 24 hours; an unused older one for the same name is void.
 
@@ -181,6 +188,43 @@ class FederationStore:
                 raise EnrolmentError(msg)
             # Nobody waits for its answer or its confirmation any more, and a newcomer of that name is a newcomer.
             db.execute("DELETE FROM answers WHERE name = ?", (name,))
+
+    def replace_keys(self, before: Member, after: Member, rotation: SignedRoster | None) -> None:
+        """Put a member's new keys in the place of those before, with the version that says so: all or nothing.
+
+        Args:
+            before: The member as it was when its request was checked.
+            after: The same lender with its new keys.
+            rotation: The version of the roster that this makes; None where there is no complete version yet.
+
+        Raises:
+            EnrolmentError: The member's keys are not those of `before` any more, or a key is another member's.
+            LinkError: Another version of the roster came first: the request is to be made again.
+        """
+        with self._write() as db:
+            try:
+                changed = db.execute(
+                    "UPDATE members SET node_key = ?, certificate = ?, identity_key = ?, witness_key = ?, signature = ?"
+                    " WHERE name = ? AND identity_key = ? AND certificate = ?",
+                    (
+                        after.node_key,
+                        after.certificate,
+                        after.identity_key,
+                        after.witness_key,
+                        after.signature,
+                        before.name,
+                        before.identity_key,
+                        before.certificate,
+                    ),
+                ).rowcount
+            except sqlite3.IntegrityError as error:
+                msg = f"the new node key of {after.name} is another member's; make new keys again"
+                raise EnrolmentError(msg) from error
+            if not changed:
+                msg = f"the keys of {after.name} were replaced in between, or it was removed; look at the roster"
+                raise EnrolmentError(msg)
+            if rotation is not None:
+                self.versions.add_within(db, rotation)
 
     def members(self) -> tuple[Member, ...]:
         """Return the roster, by name."""

@@ -20,7 +20,10 @@ from typing import Any, Final
 import pandas as pd
 import yaml
 
+from fedfin.client.approving import approve
+from fedfin.client.folder import LenderFolder
 from fedfin.client.joining import join
+from fedfin.client.pinning import pending
 from fedfin.errors import ConfigError, LinkError
 from fedfin.files import write_public
 from fedfin.invitation import Invitation
@@ -95,6 +98,7 @@ class Houses:
         self._lenders: dict[str, subprocess.Popen[bytes]] = {}
         self._listening = threading.Event()
         self._stop_coordinator = threading.Event()
+        self._agreed: set[str] = set()
         self._failure: list[BaseException] = []
         self._coordinator = threading.Thread(target=self._coordinate, daemon=True)
 
@@ -110,7 +114,7 @@ class Houses:
         for lender in self._split.lenders:
             self._start(lender.name)
         self._say({"event": "stage", "text": "starting the lenders"})
-        self._wait(lambda: not self._coordinator.is_alive(), stop)
+        self._wait(self._engineers_agree, stop)
         self._raise_failure()
         if not judge:
             return
@@ -119,6 +123,19 @@ class Houses:
             lambda: all(process.poll() is not None for process in self._lenders.values()), stop, judging=True
         )
         self._check_lenders()
+
+    def _engineers_agree(self) -> bool:
+        """Sign the roster in every house once it is shown there, as people do; return whether the job has ended."""
+        for name in self._lenders:
+            if name not in self._agreed:
+                folder = LenderFolder(self.lender_directory(name) / "bank.yaml")
+                change = pending(folder)
+                # all founders: an earlier one would be of some of them only
+                if change is not None and len(change.proposed.members) == len(self._lenders):
+                    approve(folder, change)
+                    folder.journal.close()
+                    self._agreed.add(name)
+        return not self._coordinator.is_alive()
 
     def end(self) -> None:
         """End every process that still runs."""

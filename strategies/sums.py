@@ -176,7 +176,7 @@ def check_round(
             f"the sum of {num_lenders} lenders has weight {weight:g}, where {least:g} to {most:g} is possible, and an"
             f" update of up to {moved:g}: no lenders' answers add up to it, the round is void. One of them sent what is"
             " no update, and masks hide which. Find it with the lenders and run `fedfin server remove NAME`, then"
-            " `fedfin server --new-job`, whose roster each lender's engineer approves: of this model this job may ask"
+            " `fedfin server --new-job`: of this model this job may ask"
             " the same lenders only"
         )
         raise TrainingError(msg)

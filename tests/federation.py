@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+
+from fedfin.client.approving import approve
+from fedfin.client.folder import LenderFolder
+from fedfin.client.pinning import pending
 from lender_log import logged
 
 from fedfin.audit.events import Event, Exchange
@@ -61,6 +66,10 @@ class Federation:
 
     directory: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    #: Whether every lender's engineer signs each version of the roster that is shown.
+    engineers: bool = True
+    _signing: set[str] = field(default_factory=set)
+    _stopped: threading.Event = field(default_factory=threading.Event)
 
     @property
     def config(self) -> Path:
@@ -123,7 +132,19 @@ class Federation:
         bank["policy"] = merge(bank.get("policy", {}), dict(policy))
         self.bank(name).write_text(yaml.safe_dump(bank))
 
+    def _sign_rosters(self, name: str) -> None:
+        """What a lender's engineer does by hand: look at the roster, compare it with the others', sign it."""
+        folder = LenderFolder(self.bank(name))
+        while not self._stopped.wait(0.2):
+            change = pending(folder) if self.engineers else None
+            if change is not None and not change.signature:
+                approve(folder, change)
+                folder.journal.close()
+
     def start_lender(self, name: str, *options: str) -> None:
+        if name not in self._signing:
+            self._signing.add(name)
+            threading.Thread(target=self._sign_rosters, args=(name,), daemon=True).start()
         self.start(
             name, "client", "--config", self.bank(name), *options, log=self.directory / name / "client.out"
         )
@@ -203,6 +224,7 @@ class Federation:
         return int(self.processes[key].returncode)
 
     def stop(self) -> None:
+        self._stopped.set()
         for process in self.processes.values():
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):

@@ -1,20 +1,26 @@
 """A lender's folder for tests, without a coordinator: real loans, real keys, a plan of a few steps."""
 
+import hashlib
+import struct
 from pathlib import Path
 
 import pandas as pd
 import yaml
 from cryptography.hazmat.primitives.serialization import Encoding
 from federation import LOANS, SCHEMA, shares
+from rosters import authority, coordinator
 
+from fedfin.audit.checkpoint import Checkpoint, sign
+from fedfin.audit.origins import coordinator_origin
 from fedfin.client.folder import LenderFolder
 from fedfin.client.lender import Lender
 from fedfin.credit.binning import bins_from_histogram
 from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint
 from fedfin.credit.schema import Schema
-from fedfin.identity import create_authority, create_lender_keys, save_lender_keys
+from fedfin.identity import create_lender_keys, save_lender_keys
 from fedfin.plan import CohortPlan, EvaluationPlan, JobPlan, PrivacyPlan, TrainingPlan
-from fedfin.update import Histogram, Propose, Train, decode, encode
+from fedfin.update import Histogram, Propose, Train, decode, encode, with_witness
+from fedfin.witness import Shown
 
 PLAN = JobPlan(
     aggregation="plain",
@@ -27,7 +33,7 @@ JOB = "credit-1234"
 
 
 #: The root certificate of the federation `test`, whose key nobody needs.
-AUTHORITY = create_authority("test")
+AUTHORITY = authority()
 ROOT = AUTHORITY.root.public_bytes(Encoding.PEM)
 
 
@@ -41,6 +47,7 @@ def lender_folder(
     directory.mkdir(parents=True)
     save_lender_keys(create_lender_keys(), directory / "keys")
     (directory / "ca.pem").write_bytes(ROOT)
+    (directory / "coordinator.json").write_text(coordinator().statement.to_json())
     (directory / "schema.yaml").write_text(SCHEMA.read_text())
     table = pd.read_csv(LOANS, dtype=str, keep_default_na=False)
     table.iloc[shares(1, num_loans)[0]].to_csv(directory / "loans.csv", index=False)
@@ -55,8 +62,26 @@ def lender_folder(
     return directory / "bank.yaml"
 
 
+def first_checkpoint() -> str:
+    """What an honest coordinator of the federation `test` shows while its log has one entry."""
+    origin = coordinator_origin("test", AUTHORITY.fingerprint)
+    note = sign(Checkpoint(origin, 1, hashlib.sha256(b"the first entry").digest()), coordinator().key)
+    return Shown(note, {}, 0).to_json()
+
+
+class AskedLender(Lender):
+    """A lender whose coordinator shows its log with every question that shows none, and takes what comes back."""
+
+    def answer(self, data: bytes) -> bytes:
+        try:
+            asked = with_witness(data, first_checkpoint())
+        except (KeyError, TypeError, ValueError, struct.error, AttributeError):
+            asked = data  # what is no message shows no log
+        return with_witness(super().answer(asked), "")
+
+
 def open_lender(bank: Path) -> Lender:
-    return Lender(LenderFolder(bank), say=lambda _: None)
+    return AskedLender(LenderFolder(bank), say=lambda _: None)
 
 
 def schema() -> Schema:

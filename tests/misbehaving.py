@@ -17,6 +17,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedfin.client.pinning import own_row
+from fedfin.coordinator_key import CoordinatorIdentity
 from fedfin.credit.binning import bins_from_histogram, histogram_size
 from fedfin.credit.models import (
     architecture_of,
@@ -27,7 +29,7 @@ from fedfin.credit.models import (
 )
 from fedfin.credit.schema import Schema
 from fedfin.errors import FedfinError, ProtocolRefusalError
-from fedfin.identity import public_pem
+from fedfin.identity import LenderKeys, create_lender_keys
 from fedfin.plan import JobPlan, PrivacyPlan
 from fedfin.privacy.combiner import Combiner
 from fedfin.privacy.encoding import Layout, unpack
@@ -35,7 +37,9 @@ from fedfin.privacy.shared_accounting import calibrate_shared, shared_sums
 from fedfin.privacy.sum_context import SumContext, roster_digest, threshold_of
 from fedfin.privacy.sum_messages import Advert
 from fedfin.privacy.sum_shares import MASK_KEY, OWN_MASK, is_committed
-from fedfin.roster import Roster
+from fedfin.roster_chain import RosterChain, SignedRoster
+from fedfin.roster_versions import RosterMember, RosterVersion, sign_version
+from fedfin.server.roster_signing import RosterBook, RosterSigning
 from fedfin.strategies.sums import round_layout, round_scheme, shares_layout
 from fedfin.update import (
     Accepted,
@@ -213,8 +217,11 @@ class Sum:
 class Coordinator:
     """One job; keeps every refusal and every sum."""
 
-    def __init__(self, exchange: Any, federation: str, schema: Schema, roster: Roster, plan: JobPlan) -> None:
-        self.exchange, self.federation, self.schema, self.roster = exchange, federation, schema, roster
+    def __init__(
+        self, exchange: Any, schema: Schema, chain: RosterChain, identity: CoordinatorIdentity, plan: JobPlan
+    ) -> None:
+        self.exchange, self.schema, self.chain, self.identity = exchange, schema, chain, identity
+        self.federation, self.roster = identity.statement.federation, chain.last.roster()
         self.plan = plan
         self.job_id = f"attack-{secrets.token_hex(4)}"
         self.refusals: list[dict[str, str]] = []
@@ -226,7 +233,7 @@ class Coordinator:
 
     def another(self) -> "Coordinator":
         """Return a second job of the same coordinator; what it is told is kept here."""
-        other = Coordinator(self.exchange, self.federation, self.schema, self.roster, self.plan)
+        other = Coordinator(self.exchange, self.schema, self.chain, self.identity, self.plan)
         other.refusals, other.sums, other.failures = self.refusals, self.sums, self.failures
         return other
 
@@ -243,11 +250,27 @@ class Coordinator:
                 given[name] = reply
         return given
 
-    def propose(self, roster: Roster | None = None) -> "Coordinator":
-        text = (roster or self.roster).to_json()
+    def propose(self, chain: RosterChain | None = None) -> "Coordinator":
+        text = (chain or self.chain).to_json()
         request = Propose(self.job_id, self.plan.model_dump_json(), self.schema.fingerprint(), text)
         self.ask("propose", dict.fromkeys(NAMES, request), Accepted)
         return self
+
+    def with_version(
+        self, members: Mapping[str, RosterMember], signers: Mapping[str, LenderKeys], *, first: bool = False
+    ) -> RosterChain:
+        """Return the chain with a version more (or a first one), signed by the coordinator and its own inventions."""
+        last = self.chain.last
+        version = RosterVersion(
+            federation=self.federation,
+            number=1 if first else last.number + 1,
+            previous="" if first else last.digest(),
+            coordinator=self.identity.statement.key,
+            members=dict(sorted(members.items())),
+        )
+        signatures = {name: sign_version(version, keys.identity) for name, keys in sorted(signers.items())}
+        signed = SignedRoster(version, sign_version(version, self.identity.key), signatures)
+        return RosterChain(self.chain.statement, (*(() if first else self.chain.versions), signed))
 
     def finish(self) -> None:
         request = Finish(self.job_id, "abandoned", 0, "", "", np.zeros(0, np.float32))
@@ -538,18 +561,43 @@ def ordinary_dropout(job: Coordinator) -> None:
 
 
 def changed_roster(job: Coordinator) -> None:
-    """A new job states another key for one lender, the coordinator's own."""
-    other = job.another()
-    keys = dict(job.roster.keys) | {OTHER: public_pem(Ed25519PrivateKey.generate().public_key())}
-    other.propose(Roster.of(keys))
+    """A new job states other keys for one lender, the coordinator's own, which sign for it."""
+    other, keys = job.another(), create_lender_keys()
+    members = {**job.chain.last.members, OTHER: own_row(OTHER, keys)}
+    other.propose(job.with_version(members, {OTHER: keys}))
     other.sum().open()
 
 
 def invented_member(job: Coordinator) -> None:
-    """A new job's roster has one member more."""
-    other = job.another()
-    keys = dict(job.roster.keys) | {"invented": public_pem(Ed25519PrivateKey.generate().public_key())}
-    other.propose(Roster.of(keys))
+    """A new job's roster has one member more, whom nobody but the coordinator and the member itself signed."""
+    keys = create_lender_keys()
+    members = {**job.chain.last.members, "invented": own_row("invented", keys)}
+    job.another().propose(job.with_version(members, {"invented": keys}))
+
+
+def invented_founders(job: Coordinator) -> None:
+    """A new job's first version has one real lender, and invented ones for all the others."""
+    invented = {name: create_lender_keys() for name in NAMES if name != ME}
+    members = {name: own_row(name, keys) for name, keys in invented.items()} | {
+        ME: job.chain.last.members[ME]
+    }
+    job.another().propose(job.with_version(members, invented, first=True))
+
+
+def forgotten_version(job: Coordinator) -> None:
+    """A new job's chain is cut back, or another one is signed in its place, by all but this lender's quorum."""
+    first = job.chain.versions[0]
+    silent = SignedRoster(first.version, first.coordinator_signature, {ME: first.signatures[ME]})
+    job.another().propose(RosterChain(job.chain.statement, (silent,)))
+
+
+def forged_coordinator(job: Coordinator) -> None:
+    """Another key than the authority states signs the roster."""
+    key = Ed25519PrivateKey.generate()
+    raw = key.public_key().public_bytes_raw().hex()
+    version = replace(job.chain.last, coordinator=raw)
+    signed = SignedRoster(version, sign_version(version, key), {})
+    job.another().propose(RosterChain(replace(job.chain.statement, key=raw), (signed,)))
 
 
 def another_roster_in_the_context(job: Coordinator) -> None:
@@ -574,6 +622,7 @@ ATTACKS: dict[str, Callable[[Coordinator], None]] = {
         *(different_model_hidden, replay_across_rounds, replay_across_jobs, opened_twice, differencing_retry),
         *(differencing_retry_without_privacy, differencing_survivors, differencing_nearly),
         *(ordinary_dropout, changed_roster, invented_member, another_roster_in_the_context, honest_round),
+        *(invented_founders, forgotten_version, forged_coordinator),
     )
 }
 NOT_PRIVATE = {
@@ -586,10 +635,12 @@ NOT_PRIVATE = {
 IN_SHARED = {"few_shares_of_the_noise"}
 
 
-def run_attack(name: str, exchange: Any, federation: str, schema: Schema, roster: Roster) -> dict[str, Any]:
+def run_attack(
+    name: str, exchange: Any, schema: Schema, chain: RosterChain, identity: CoordinatorIdentity
+) -> dict[str, Any]:
     """Run one attack as a job of its own; return all that the coordinator was told, as JSON."""
     plan = WITHOUT_PRIVACY if name in NOT_PRIVATE else SHARED if name in IN_SHARED else PLAN
-    job = Coordinator(exchange, federation, schema, roster, plan)
+    job = Coordinator(exchange, schema, chain, identity, plan)
     error = ""
     try:
         job.propose()
@@ -616,14 +667,17 @@ def as_server_app(results: str) -> None:
     from fedfin.server import rounds
 
     def run_attacks(
-        exchange: Any, store: Any, job: Any, plan: Any, schema: Schema, *, federation: str, **_: Any
+        exchange: Any, store: Any, job: Any, plan: Any, schema: Schema, *, identity: CoordinatorIdentity, **_: Any
     ) -> None:
         while exchange.online() != frozenset(NAMES):
             time.sleep(0.1)
-        roster = Roster.of({member.name: member.identity_key for member in store.members()})
+        signing = RosterSigning(exchange, RosterBook(store, identity), job.job_id, lambda _: None)
+        while (chain := signing.chain()) is None:
+            signing.ask(exchange.online())
+            time.sleep(0.1)
         with Path(results).open("a") as out:
             for name in ATTACKS:
-                out.write(json.dumps(run_attack(name, exchange, federation, schema, roster)) + "\n")
+                out.write(json.dumps(run_attack(name, exchange, schema, chain, identity)) + "\n")
                 out.flush()
 
     rounds.run_job = run_attacks  # type: ignore[assignment]

@@ -1,6 +1,12 @@
 """Federations of tests as the rosters see them: one authority, one coordinator, members with keys, signed versions."""
 
+import json
 from functools import cache
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.x509.oid import NameOID
 
 from fedfin.coordinator_key import CoordinatorIdentity, CoordinatorStatement
 from fedfin.identity import (
@@ -9,9 +15,11 @@ from fedfin.identity import (
     create_authority,
     create_lender_keys,
     key_fingerprint,
+    public_pem,
 )
 from fedfin.roster_chain import RosterChain, SignedRoster
 from fedfin.roster_versions import RosterMember, RosterVersion, changes_of, rotation_message, sign_version
+from fedfin.server.roster import Member
 
 FEDERATION = "test"
 
@@ -66,7 +74,7 @@ def version(names, after: RosterVersion | None = None, *, rotated=None, **change
 
 
 def signed(of: RosterVersion, signers, by=None) -> SignedRoster:
-    """The version with the coordinator's signature (or another key's) and these members', by name or with their keys."""
+    """The version with the coordinator's signature (or another key's) and these members'."""
     keys = signers if isinstance(signers, dict) else {name: keys_of(name) for name in signers}
     signatures = {name: sign_version(of, keys[name].identity) for name in sorted(keys)}
     return SignedRoster(of, sign_version(of, by or coordinator().key), signatures)
@@ -88,3 +96,31 @@ def followed(before: RosterChain, keys, *, signers=None) -> RosterChain:
         signers = {name: keys[name] for name in keys} if isinstance(keys, dict) else list(keys)
     assert changes_of(before.last, after).any
     return chain(*before.versions, signed(after, signers))
+
+
+@cache
+def _certificate(name: str, tls) -> str:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(tls, hashes.SHA256())
+    certificate = authority().issue_lender(request, name)
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def enrolled(name: str, keys: LenderKeys | None = None) -> Member:
+    """The row of federation.db for a lender with these keys."""
+    keys = keys or keys_of(name)
+    return Member(
+        name,
+        public_pem(keys.node.public_key()),
+        _certificate(name, keys.tls),
+        public_pem(keys.identity.public_key()),
+        public_pem(keys.witness.public_key()),
+        "signature",
+    )
+
+
+def pin(directory: Path, of: RosterChain) -> None:
+    """Leave a lender's folder as if it had taken part by the last version of this chain."""
+    text = json.dumps(of.versions[-1].to_document(), sort_keys=True, separators=(",", ":"))
+    (directory / "roster.json").write_text(text)
+    (directory / "coordinator.json").write_text(of.statement.to_json())

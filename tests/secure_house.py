@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import rosters
 from lender_log import logged
 from lenders import open_lender, schema
 from secure_lenders import NAMES, write_folders
@@ -19,14 +20,13 @@ from fedfin.audit.events import Exchange
 from fedfin.client.folder import LenderFolder
 from fedfin.client.preparation import prepare
 from fedfin.errors import FedfinError
-from fedfin.identity import public_pem
 from fedfin.invitation import Invitation
 from fedfin.plan import JobPlan
 from fedfin.privacy.ledger import Ledger
 from fedfin.server import delivery, gathering, rounds
 from fedfin.server.exchange import Answers
 from fedfin.server.jobs import choose_job
-from fedfin.server.roster import FederationStore, Member
+from fedfin.server.roster import FederationStore
 from fedfin.server.rounds import run_job
 from fedfin.update import Confirm, Mask, Message, Open, Refused, ShareKeys, Unmask, decode, encode
 
@@ -127,6 +127,7 @@ class SecureHouse:
         self.store = FederationStore.create(self.path)
         for name in self.names:
             self.enrol(name)
+        self.found(self.names)
         self.stages = {}
         self.on_step = lambda: None
         #: From (name, question, stage) to AWAY, MUTE, a reply in the place of the lender's, or None.
@@ -134,11 +135,20 @@ class SecureHouse:
         #: From (name, reply) to the reply that arrives.
         self.spoil = lambda name, reply: reply
 
+    def found(self, names):
+        """Let version 1 of the roster have these members, who all signed it."""
+        self.chain = rosters.founded({name: LenderFolder(self.banks[name]).keys() for name in names})
+        with self.store._write() as db:
+            db.execute("DELETE FROM roster_versions")
+        self.store.versions.add(self.chain.versions[-1])
+        for name in names:
+            rosters.pin(self.banks[name].parent, self.chain)
+
     def enrol(self, name):
         invitation = Invitation.create(name, "fed.example:9092", "0" * 64)
         self.store.invite(invitation)
-        key = public_pem(LenderFolder(self.banks[name]).keys().identity.public_key())
-        self.store.enrol(Member(name, f"node key of {name}", "c", key, "w", "s"), invitation.secret_hash())
+        keys = LenderFolder(self.banks[name]).keys()
+        self.store.enrol(rosters.enrolled(name, keys), invitation.secret_hash())
 
     def restart(self, name):
         self.lenders[name].close()
@@ -210,7 +220,7 @@ class SecureHouse:
             job,
             plan,
             schema(),
-            federation="test",
+            identity=rosters.coordinator(),
             release=lambda _: self.on_step(),
             judged=self.judged.append,
             say=self.say,

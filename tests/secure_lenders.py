@@ -4,13 +4,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import rosters
 from lenders import lender_folder, open_lender, schema
 
 from fedfin.client.folder import LenderFolder
 from fedfin.credit.binning import bins_from_histogram, histogram_sensitivity, histogram_size
 from fedfin.credit.models import architecture_of, initial_weights, largest_model, model_fingerprint
 from fedfin.credit.score_counts import evaluation_cells, evaluation_sensitivity
-from fedfin.identity import public_pem
 from fedfin.plan import JobPlan
 from fedfin.privacy.accounting import calibrate
 from fedfin.privacy.combiner import Combiner
@@ -19,7 +19,7 @@ from fedfin.privacy.evaluation_noise import evaluation_scheme
 from fedfin.privacy.shared_accounting import calibrate_shared, shared_sums
 from fedfin.privacy.shares import publish
 from fedfin.privacy.sum_context import SumContext, roster_digest, threshold_of
-from fedfin.roster import Roster
+from fedfin.roster_chain import RosterChain
 from fedfin.strategies.sums import (
     bins_layout,
     bins_scheme,
@@ -88,9 +88,12 @@ def write_folders(directory: Path, names=NAMES, **policy) -> dict[str, Path]:
     }
 
 
-def roster_of(banks) -> Roster:
-    keys = {name: LenderFolder(bank).keys().identity.public_key() for name, bank in banks.items()}
-    return Roster.of({name: public_pem(key) for name, key in keys.items()})
+def chain_of(banks) -> RosterChain:
+    """Version 1 of these lenders, which each of their folders goes by already."""
+    chain = rosters.founded({name: LenderFolder(bank).keys() for name, bank in banks.items()})
+    for bank in banks.values():
+        rosters.pin(bank.parent, chain)
+    return chain
 
 
 def refusal_of(lender, message) -> str:
@@ -110,7 +113,8 @@ class Cohort:
 
     def __post_init__(self):
         self.schema = schema()
-        self.roster = roster_of(self.banks)
+        self.chain = chain_of(self.banks)
+        self.roster = self.chain.last.roster()
         self.lenders = {name: open_lender(bank) for name, bank in self.banks.items()}
         if self.plan.privacy.mode == "shared":
             self.sums = shared_sums(
@@ -131,8 +135,8 @@ class Cohort:
     def mode(self):
         return self.plan.privacy.mode
 
-    def proposal(self, roster=None):
-        text = (self.roster if roster is None else roster).to_json()
+    def proposal(self, chain=None):
+        text = (self.chain if chain is None else chain).to_json()
         return Propose(self.job, self.plan.model_dump_json(), self.schema.fingerprint(), text)
 
     def accept(self):

@@ -16,7 +16,7 @@ def test_a_new_federation_has_an_identity_key_that_its_authority_states(federati
     identity.statement.verify(federation.authority().root, "coop")
     assert identity.statement.public_key() == identity.key.public_key()
     assert (federation.directory / "keys" / "identity.key").stat().st_mode & 0o777 == 0o600
-    assert open_federation(federation.config_path).identity() == identity
+    assert open_federation(federation.config_path).identity().statement == identity.statement
 
 
 def test_an_older_folder_gets_one_at_its_first_start(federation):
@@ -24,7 +24,7 @@ def test_an_older_folder_gets_one_at_its_first_start(federation):
     (federation.directory / "keys" / "identity.key").unlink()
     identity = open_federation(federation.config_path).identity()
     identity.statement.verify(federation.authority().root, "coop")
-    assert open_federation(federation.config_path).identity() == identity
+    assert open_federation(federation.config_path).identity().statement == identity.statement
 
 
 def test_a_statement_that_was_lost_is_made_again_for_the_same_key(federation):
@@ -36,7 +36,7 @@ def test_a_statement_that_was_lost_is_made_again_for_the_same_key(federation):
 
 def test_a_lost_key_is_not_made_anew_in_silence(federation):
     (federation.directory / "keys" / "identity.key").unlink()
-    with pytest.raises(ConfigError, match="identity.key"):
+    with pytest.raises(ConfigError, match=r"identity\.key"):
         open_federation(federation.config_path).identity()
 
 

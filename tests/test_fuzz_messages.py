@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rosters
 from cohorts import identity_of
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given, settings
@@ -31,12 +32,13 @@ from lenders import lender_folder, open_lender, schema
 from fedfin.credit.binning import Bins, bins_from_histogram, histogram_size
 from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint, num_parameters
 from fedfin.errors import FedfinError, LinkError, ProtocolRefusalError
-from fedfin.identity import load_lender_keys, public_pem
+from fedfin.identity import load_lender_keys
 from fedfin.plan import JobPlan
 from fedfin.privacy.encoding import Layout, Segment, pack, unpack
 from fedfin.privacy.participant import Participant
 from fedfin.privacy.sum_context import SumContext, roster_digest, threshold_of
 from fedfin.roster import Roster
+from fedfin.roster_chain import RosterChain
 from fedfin.server.app import GridExchange
 from fedfin.server.roster import FederationStore
 from fedfin.server.summing import Stage, SumLostError, SumShortError, Upcoming
@@ -57,9 +59,11 @@ from fedfin.update import (
     Open,
     Propose,
     Refused,
+    RosterSigned,
     Scores,
     Shared,
     ShareKeys,
+    ShowRoster,
     Train,
     Unmask,
     Unmasked,
@@ -73,6 +77,7 @@ FUZZ_S = float(os.environ.get("FEDFIN_FUZZ_S", ".5"))
 KINDS = (
     *(Propose, Accepted, Refused, AskHistogram, Histogram, Train, Update, Evaluate, Scores, Finish, Done),
     *(Open, Advertised, ShareKeys, Shared, Mask, Masked, Confirm, Confirmed, Unmask, Unmasked),
+    *(ShowRoster, RosterSigned),
 )
 ME = "bank-a"
 NAMES = (ME, "bank-b", "bank-c", "bank-d", "bank-e")
@@ -219,9 +224,15 @@ class Bench:
     def __init__(self, directory):
         bank = lender_folder(directory / ME, name=ME, num_loans=60, **POLICY)
         self.lender = open_lender(bank)
-        own = public_pem(load_lender_keys(bank.parent / "keys").identity.public_key())
-        others = {name: public_pem(identity_of(name).public_key()) for name in NAMES if name != ME}
-        self.roster = Roster.of({ME: own, **others})
+        own = load_lender_keys(bank.parent / "keys")
+        others = {
+            name: dataclasses.replace(rosters.keys_of(name), identity=identity_of(name))
+            for name in NAMES
+            if name != ME
+        }
+        self.chain = rosters.founded({ME: own, **others})
+        rosters.pin(bank.parent, self.chain)
+        self.roster = self.chain.last.roster()
         self.schema = schema()
         self.bins = bins_from_histogram(
             np.ones(histogram_size(self.schema)), self.schema, PLAN.model.max_bins
@@ -244,7 +255,7 @@ class Bench:
                 job_id or self.job_id,
                 PLAN.model_dump_json(),
                 self.schema.fingerprint(),
-                self.roster.to_json(),
+                self.chain.to_json(),
             )
         )
 
@@ -456,7 +467,8 @@ def test_a_lender_takes_right_questions_of_other_kinds_only(bench, kind):
             assert isinstance(reply, Accepted)
             assert question.schema_fingerprint == bench.schema.fingerprint()
             plan = JobPlan.model_validate(json.loads(question.plan))
-            assert question.roster == ("" if plan.aggregation == "plain" else bench.roster.to_json())
+            # in clear nothing rests on the roster, and a job may go without
+            assert question.roster in {bench.chain.to_json(), *([""] if plan.aggregation == "plain" else [])}
         else:
             assert isinstance(question, Finish)
             assert isinstance(reply, Done)
@@ -507,6 +519,8 @@ def samples(bench):
         Scores("job", counts),
         Finish("job", "completed", 1, bench.bins.to_json(), "f", weights),
         Done("job"),
+        ShowRoster("job", bench.chain.to_json()),
+        RosterSigned("job", "0" * 128),
     )
     return found + [encode(message) for message in rest]
 
@@ -536,11 +550,15 @@ def test_spoilt_rosters_and_bins_are_refused_or_canonical(bench):
     @given(st.data())
     def texts_of_any_kind(data):
         EXAMPLES["texts"] += 1
-        text = data.draw(st.sampled_from([bench.roster.to_json(), bench.bins.to_json()]))
+        text = data.draw(
+            st.sampled_from([bench.roster.to_json(), bench.chain.to_json(), bench.bins.to_json()])
+        )
         sent = data.draw(spoilt_value(text) | spoilt_json(text) | st.text(max_size=30))
         sent = sent if isinstance(sent, str) else json.dumps(sent)
         with contextlib.suppress(LinkError):
             assert Roster.from_json(sent).to_json() == sent
+        with contextlib.suppress(LinkError):
+            assert RosterChain.from_json(sent).to_json() == sent
         # what the lender catches: client/stages.py
         with contextlib.suppress(FedfinError, ValueError, KeyError, TypeError, IndexError):
             architecture_of(PLAN.model, bench.schema, Bins.from_json(sent))
@@ -679,7 +697,9 @@ def test_a_coordinators_sum_is_exact_or_there_is_none(store, step):
         grid.target, grid.spoil = (STEP_REQUESTS[step], liar), lambda reply: data.draw(spoilt(reply))
         exchange = GridExchange(grid, store)
         exchange._names = dict(enumerate(NAMES))
-        sums = SecureSums(exchange, store, context, say=lambda _: None, refuse=lambda *_: None, wait=lambda *_: None)
+        sums = SecureSums(
+            exchange, store, context, say=lambda _: None, refuse=lambda *_: None, wait=lambda *_: None
+        )
         first, second = (stage_number(next(numbers)) for _ in range(2))
         try:
             made = sums.sum(first, NAMES, following=second.upcoming)

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import rosters
 import yaml
 from lender_log import logged
-from lenders import JOB, PLAN, lender_folder, open_lender, proposal, schema, train_request
+from lenders import JOB, PLAN, AskedLender, lender_folder, open_lender, proposal, schema, train_request
+from secure_lenders import chain_of
 from typer.testing import CliRunner
 
 from fedfin.audit.events import Refusal
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
-from fedfin.client.lender import Lender
 from fedfin.errors import DataError, LedgerError, LinkError
 from fedfin.plan import ModelPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy.ledger import Ledger
@@ -202,7 +203,7 @@ def test_what_was_not_accepted_is_not_answered(bank):
 
 def test_what_is_answered_or_fails_is_said_in_the_lenders_terminal(bank, monkeypatch):
     said = []
-    lender = Lender(LenderFolder(bank), said.append)
+    lender = AskedLender(LenderFolder(bank), said.append)
     lender.answer(proposal())
     histogram = lender.answer(BINS)
     assert said[-1] == f"job {JOB}: bins answered"
@@ -230,9 +231,16 @@ def test_a_plan_that_does_not_parse_is_refused(bank, text):
     assert "same release" in reason
 
 
-def test_a_plain_job_with_a_roster_is_refused(bank):
-    question = Propose(JOB, PLAN.model_dump_json(), schema().fingerprint(), "{}")
-    assert "aggregation plain came with a roster" in refusal(open_lender(bank), encode(question))
+def test_a_plain_job_may_come_with_a_roster_that_holds(bank):
+    """In clear nothing rests on it; it is held to all the same."""
+    chain = chain_of({"north-bank": bank})
+    about = (JOB, PLAN.model_dump_json(), schema().fingerprint())
+    lender = open_lender(bank)
+    assert "does not parse" in refusal(lender, encode(Propose(*about, "{}")))
+    stranger = rosters.founded(("south-bank",))
+    assert refusal(lender, encode(Propose(*about, stranger.to_json()))).startswith("membership: ")
+    assert decode(lender.answer(encode(Propose(*about, chain.to_json()))), Accepted)
+    assert decode(lender.answer(encode(Propose(*about))), Accepted)  # the same job, as it was asked before
 
 
 def test_another_plan_under_an_accepted_job_is_refused(bank):

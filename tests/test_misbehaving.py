@@ -11,20 +11,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import rosters
 from federation import federation, shares
 from lender_log import logged
 from lenders import lender_folder, open_lender, schema
 from misbehaving import ATTACKS, ME, NAMES, OTHER, PLAN, WITHOUT_LAST, run_attack
+from secure_lenders import chain_of
 
 from fedfin.audit.events import Refusal
 from fedfin.client import lender as lender_module
 from fedfin.client.preparation import prepare
 from fedfin.errors import LinkError
-from fedfin.identity import load_lender_keys, public_pem
-from fedfin.roster import Roster
 from fedfin.server.exchange import Answers
 from fedfin.update import Refused, decode, encode
 
+BUT_ME = tuple(name for name in NAMES if name != ME)
 BUT_OTHER = tuple(name for name in NAMES if name != OTHER)
 POLICY = {"epsilon_limit": 100.0, "allow_no_privacy": True}
 
@@ -72,11 +73,14 @@ REFUSED = {
     "differencing_nearly": {("mask", "differencing"): WITHOUT_LAST},
     "ordinary_dropout": {},
     "changed_roster": {
-        ("propose", "roster_changed"): BUT_OTHER,
+        ("propose", "roster_quorum"): BUT_OTHER,
         ("propose", "membership"): (OTHER,),
         ("open", "PolicyRefusalError"): NAMES,
     },
-    "invented_member": {("propose", "roster_changed"): NAMES},
+    "invented_member": {("propose", "roster_quorum"): NAMES},
+    "invented_founders": {("propose", "roster_quorum"): (ME,), ("propose", "membership"): BUT_ME},
+    "forgotten_version": {("propose", "roster_quorum"): NAMES},
+    "forged_coordinator": {("propose", "coordinator_key"): NAMES},
     "another_roster_in_the_context": {("open", "roster"): NAMES},
     "honest_round": {},
 }
@@ -117,14 +121,7 @@ class InMemory:
             lender_folder(directory / name, name=name, num_loans=60 + 20 * position, **POLICY)
         self.banks = {name: directory / name / "bank.yaml" for name in NAMES}
         self.lenders = {name: open_lender(bank) for name, bank in self.banks.items()}
-
-    def roster(self):
-        return Roster.of(
-            {
-                name: public_pem(load_lender_keys(bank.parent / "keys").identity.public_key())
-                for name, bank in self.banks.items()
-            }
-        )
+        self.chain = chain_of(self.banks)
 
     def ask(self, requests, expected, *, deadline_s):
         del deadline_s
@@ -164,7 +161,7 @@ def in_memory(tmp_path_factory):
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_lenders_in_memory_refuse(in_memory, name):
-    found = run_attack(name, in_memory, "test", schema(), in_memory.roster())
+    found = run_attack(name, in_memory, schema(), in_memory.chain, rosters.coordinator())
     check(found, in_memory.log)
 
 

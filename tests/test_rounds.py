@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import rosters
 from numpy.testing import assert_array_equal
 from secure_house import WatchedStore, hurry
 
@@ -19,7 +20,7 @@ from fedfin.server import gathering
 from fedfin.server.exchange import Answers
 from fedfin.server.jobs import choose_job
 from fedfin.server.plain_sums import PlainSums
-from fedfin.server.roster import FederationStore, Member
+from fedfin.server.roster import FederationStore
 from fedfin.server.rounds import run_job
 from fedfin.server.summing import SumShortError
 from fedfin.update import (
@@ -32,6 +33,7 @@ from fedfin.update import (
     Propose,
     Refused,
     Scores,
+    ShowRoster,
     Train,
     Update,
     decode,
@@ -96,6 +98,8 @@ class Lender:
                 counts = np.zeros(evaluation_cells(SCHEMA))
                 counts[[32, 96]] = self.weight / 2
                 return Scores(question.job_id, counts)
+            case ShowRoster():
+                return Refused(question.job_id, "its engineer looks at it", "approval")
             case Finish():
                 self.ends.append((question.job_id, question.status))
                 if question.status == "completed":
@@ -128,6 +132,7 @@ class House:
         }
         for name in self.lenders:
             self.enrol(name)
+        self.store.versions.add(rosters.founded(tuple(self.lenders)).versions[-1])
         self.events = []
         self.released = []
         self.judged = []
@@ -136,8 +141,7 @@ class House:
     def enrol(self, name):
         invitation = Invitation.create(name, "fed.example:9092", "0" * 64)
         self.store.invite(invitation)
-        member = Member(name, f"node key of {name}", "certificate", "identity", "witness", "signature")
-        self.store.enrol(member, invitation.secret_hash())
+        self.store.enrol(rosters.enrolled(name), invitation.secret_hash())
 
     # The Exchange
 
@@ -182,7 +186,7 @@ class House:
             job,
             plan,
             SCHEMA,
-            federation="coop",
+            identity=rosters.coordinator(),
             release=self.release,
             judged=self.judged.append,
             say=self.say,

@@ -30,9 +30,11 @@ from fedfin.update import (
     Open,
     Propose,
     Refused,
+    RosterSigned,
     Scores,
     Shared,
     ShareKeys,
+    ShowRoster,
     Train,
     Unmask,
     Unmasked,
@@ -43,7 +45,8 @@ from fedfin.update import (
 
 PLAIN = (Propose, Accepted, Refused, AskHistogram, Histogram, Train, Update, Evaluate, Scores, Finish, Done)
 SECURE = (Open, Advertised, ShareKeys, Shared, Mask, Masked, Confirm, Confirmed, Unmask, Unmasked)
-KINDS = (*PLAIN, *SECURE)
+ROSTER = (ShowRoster, RosterSigned)
+KINDS = (*PLAIN, *SECURE, *ROSTER)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -115,7 +118,7 @@ UPDATE = Update("job", 3, "f", np.array([1.5, -2.0], dtype=np.float32))
 
 def test_the_round_trip_below_is_of_every_kind_of_message():
     assert set(KINDS) == set(update._KINDS.values())
-    public = {getattr(update, name) for name in update.__all__} - {Message, decode, encode}
+    public = {getattr(update, name) for name in update.__all__} - {Message, decode, encode, update.with_witness}
     assert set(KINDS) == public
 
 
@@ -234,10 +237,19 @@ def test_a_header_of_any_json_is_refused(header):
 @given(messages(*KINDS), st.data())
 def test_a_message_without_one_of_its_fields_is_refused_by_the_fields_name(message, data):
     header, body = header_of(encode(message))
-    gone = data.draw(st.sampled_from(sorted(header["fields"])))
+    gone = data.draw(st.sampled_from(sorted({*header["fields"]} - {"witness"})))
     del header["fields"][gone]
     with pytest.raises(LinkError, match=rf"{type(message).__name__} lacks {gone}; both sides"):
         decode(pack(header, body), *KINDS)
+
+
+@given(messages(*KINDS), st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_a_witness_is_put_on_a_messages_bytes_and_taken_off_and_changes_nothing_else(message, witness):
+    bare = encode(dataclasses.replace(message, witness=""))
+    carrying = update.with_witness(bare, witness)
+    assert decode(carrying, *KINDS).witness == witness
+    assert carrying == encode(dataclasses.replace(message, witness=witness))
+    assert update.with_witness(carrying, "") == bare
 
 
 @given(messages(*KINDS))

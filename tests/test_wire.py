@@ -16,6 +16,7 @@ from fedfin.update import (
     Open,
     Propose,
     ShareKeys,
+    ShowRoster,
     Train,
     Unmask,
 )
@@ -57,7 +58,7 @@ def test_any_other_record_is_refused(record):
 
 def test_every_request_and_no_answer_has_a_message_type_of_flower():
     asked = {Propose, AskHistogram, Train, Evaluate, Finish}
-    assert set(MESSAGE_TYPES) == asked | {Open, ShareKeys, Mask, Confirm, Unmask}
+    assert set(MESSAGE_TYPES) == asked | {Open, ShareKeys, Mask, Confirm, Unmask, ShowRoster}
     assert len(set(MESSAGE_TYPES.values())) == len(MESSAGE_TYPES)
     assert {text.partition(".")[0] for text in MESSAGE_TYPES.values()} == {"query", "train", "evaluate"}
     assert all(issubclass(kind, Message) for kind in MESSAGE_TYPES)
