@@ -156,7 +156,8 @@ class Gathering:
         for name, reply in sorted(answers.replies.items()):
             self._take(name, reply, answers)
         for name in new:
-            held = isinstance(reply := answers.replies.get(name), Refused) and reply.waits
+            refused = answers.replies.get(name)
+            held = isinstance(refused, Refused) and refused.waits != ""
             if name in answers.failures and name not in self._refused and not held:
                 self._ask_again_at[name] = time.monotonic() + SILENT_S
                 self._say({"event": "unanswered", "lender": name, "reason": answers.failures[name]})
