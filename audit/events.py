@@ -407,7 +407,7 @@ class Receipt(Event):
     member: Name
     status: Literal["completed", "abandoned"]
     model: Digest | None = None
-    signature: SignatureHex
+    signature: SignatureHex | None = None
 
 
 class ModelKept(Event):

@@ -148,6 +148,10 @@ class LogReader:
         """Return the witnesses' lines on the checkpoint of that size, by name."""
         return dict(self._rows("SELECT name, line FROM cosignature WHERE size = ? ORDER BY name", size))
 
+    def last_cosigned(self) -> dict[str, int]:
+        """Return the size of the longest checkpoint that each witness cosigned, by name."""
+        return dict(self._rows("SELECT name, max(size) FROM cosignature GROUP BY name ORDER BY name"))
+
     def note(self, size: int) -> str:
         """Return the checkpoint of that size with its cosignatures.
 

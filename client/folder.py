@@ -43,6 +43,7 @@ class LenderFolder:
         self.proposed_roster_path = self.directory / "roster.proposed.json"
         self.approved_roster_path = self.directory / "roster.approved.json"
         self.statement_path = self.directory / "coordinator.json"
+        self.forks_path = self.directory / "forks"
         self.journal = Journal(
             self.directory,
             name=self.config.name,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Final
 
+from fedfin.audit.consents import answer_of, sign_answer
 from fedfin.audit.events import Budget, Evaluation, Failure, JobEnded, ModelKept, bounded, salted_digest
 from fedfin.client.accepted import AcceptedJob, require_accepted
 from fedfin.client.accepting import accept_job, check_proposal, parse_plan
@@ -20,11 +21,13 @@ from fedfin.client.folder import LenderFolder
 from fedfin.client.hours import require_hours, utc_now
 from fedfin.client.job_approval import drop_held, require_approved
 from fedfin.client.masking import Masking
+from fedfin.client.pinning import own_row, show_roster
 from fedfin.client.policy import check_plan, check_schema
 from fedfin.client.preparation import PreparedLoans, prepare
 from fedfin.client.refusing import reason_for, write_refusal
 from fedfin.client.stages import Stages
 from fedfin.client.sum_rules import refusal
+from fedfin.client.witnessing import Witness
 from fedfin.client.work import Question
 from fedfin.credit.drift import Reference
 from fedfin.credit.export import ReleasedModel, load_model, model_digest, save_model
@@ -39,7 +42,6 @@ from fedfin.errors import (
     TrainingError,
 )
 from fedfin.files import write_public
-from fedfin.identity import public_pem
 from fedfin.plan import JobPlan
 from fedfin.privacy.evaluation_noise import evaluation_job
 from fedfin.update import (
@@ -54,11 +56,14 @@ from fedfin.update import (
     Open,
     Propose,
     Refused,
+    RosterSigned,
     ShareKeys,
+    ShowRoster,
     Train,
     Unmask,
     decode,
     encode,
+    with_witness,
 )
 
 __all__ = ["Lender"]
@@ -68,7 +73,7 @@ _JOB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,79}")
 _ENDS: Final = ("completed", "abandoned")
 _QUESTIONS: Final[tuple[type[Message], ...]] = (
     *(Propose, AskHistogram, Train, Evaluate, Finish),
-    *(Open, ShareKeys, Mask, Confirm, Unmask),
+    *(Open, ShareKeys, Mask, Confirm, Unmask, ShowRoster),
 )
 
 
@@ -93,11 +98,13 @@ class Lender:
         self._folder = folder
         self._say = say
         self._now = now
-        identity = folder.keys().identity
-        self._own_key = public_pem(identity.public_key())
+        keys = folder.keys()
+        self._own = own_row(folder.config.name, keys)
+        self._identity = keys.identity
+        self._witness = Witness(folder, keys)
         self._stages = Stages(folder, prepare(folder))
         self._ledger = folder.ledger()
-        self._masking = Masking(folder, self._ledger, identity, say, now)
+        self._masking = Masking(folder, self._ledger, keys.identity, say, now)
         self._accepted: AcceptedJob | None = None
         self.job_id: str | None = None
         self._told: dict[str, str] = {}  # of each job, why it waits: the coordinator asks every few seconds
@@ -126,11 +133,13 @@ class Lender:
             raise LinkError(msg)
         with self._lock:
             try:
-                answer = self._answer(question, data)
+                self._witness.check(question)
+                # the same question with another checkpoint is the same question
+                answer = self._answer(question, with_witness(data, ""))
             except FedfinError as error:
                 answer = encode(self._refuse(question, error))
             self._folder.journal.flush()  # what is not logged does not leave
-            return answer
+            return self._witness.attach(answer, self._signature(question, answer)) if question.witness else answer
 
     def evaluate_pending(self) -> int:
         """Judge every model that was received and not yet judged; return how many."""
@@ -171,6 +180,9 @@ class Lender:
                 return encode(self._propose(question))
             case Finish():
                 return encode(self._finish(question))
+            case ShowRoster():
+                signature = show_roster(self._folder, question.chain, self._own)
+                return encode(RosterSigned(question.job_id, signature))
             case AskHistogram() | Train() | Evaluate():
                 answer = self._in_clear(question, data)
             case Open() | ShareKeys() | Mask() | Confirm() | Unmask():
@@ -200,6 +212,17 @@ class Lender:
         self._say(f"refused {type(question).__name__} of job {question.job_id}: {error}")
         return Refused(question.job_id, reason_for(error))
 
+    def _signature(self, question: Message, answer: bytes) -> str:
+        """Return the identity key's signature over an answer of weight, hex, or nothing."""
+        if not isinstance(question, Propose | Finish):
+            return ""
+        given = decode(answer, Accepted, Refused, Done)
+        model = None
+        if isinstance(question, Finish) and question.status == "completed":
+            model = model_digest(question.fingerprint, question.weights)
+        said = answer_of(self._folder.config.name, question, given, model=model)
+        return "" if said is None else sign_answer(said, self._identity, self._witness.origin)
+
     def _propose(self, question: Propose) -> Accepted:
         plan = parse_plan(question.plan)
         if question.schema_fingerprint != self.loans.schema.fingerprint():
@@ -212,7 +235,7 @@ class Lender:
         accepted = job.accepted()
         if accepted is None:
             self._require_allowed(plan)
-            num_members = check_proposal(question, plan, self._folder, self._own_key)
+            num_members = check_proposal(question, plan, self._folder, self._own)
             approvers = require_approved(self._folder, question, plan, num_members)
             require_hours(self._folder.config.policy, self._now())
             self._stages = Stages(
@@ -237,7 +260,7 @@ class Lender:
         elif accepted["plan_digest"] != plan.digest():
             msg = f"job {question.job_id} was accepted with another plan; a changed plan needs a new job"
             raise PolicyRefusalError(msg)
-        elif accepted.get("roster", "") != question.roster:
+        elif plan.aggregation == "secure" and accepted.get("roster", "") != question.roster:
             what = f"job {question.job_id} was accepted with another; newcomers enter with the next job"
             raise refusal("roster_changed", what)
         self.job_id = question.job_id

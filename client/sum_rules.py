@@ -13,7 +13,9 @@ __all__ = ["RULES", "refusal"]
 
 RULES: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "roster_changed": "a lender goes by the roster it pinned until its engineer approves another",
+        "roster_changed": "a lender goes by the roster it pinned and by what its members signed to follow on it",
+        "membership": "a lender goes by a roster that has it in it with its own keys",
+        "coordinator_key": "a lender goes by the coordinator's key that it pinned",
         "aggregation": "a job of secure sums answers in sums only, a job in clear in clear only",
         "other_job": "a sum is of this federation, of the accepted job and of its plan",
         "stage": "a sum is of a stage that the accepted plan has and this lender takes part in",
@@ -24,6 +26,8 @@ RULES: Final[Mapping[str, str]] = MappingProxyType(
         "layout": "the vector is laid out as plan, schema, model and cohort say",
         "planned_noise": "in mode shared no more lenders are lost than the noise was planned for",
         "one_model": "a stage is answered for one model",
+        "witness": "a question of weight shows the coordinator's log, with a proof from what this lender cosigned last",
+        "fork": "the coordinator has one log, signed by its own key, that only grows",
         "differencing": "a model that was answered is answered again for the identical cohort only",
     }
 )

@@ -37,9 +37,11 @@ __all__ = [
     "Open",
     "Propose",
     "Refused",
+    "RosterSigned",
     "Scores",
     "ShareKeys",
     "Shared",
+    "ShowRoster",
     "Train",
     "Unmask",
     "Unmasked",
@@ -72,7 +74,8 @@ class Message:
 class Propose(Message):
     """Coordinator: will you take part? `plan` is the JobPlan as JSON text.
 
-    `roster` names all members with their identity keys (`fedfin.roster.Roster.to_json`); empty for plain aggregation.
+    `roster` is the chain of signed versions that the job rests on (`fedfin.roster_chain.RosterChain.to_json`). A job of
+    plain aggregation may go without (empty): no sum of it rests on the members' keys.
     """
 
     plan: str
@@ -257,11 +260,29 @@ class Done(Message):
     """Lender: the model is kept."""
 
 
+@dataclass(frozen=True, slots=True)
+class ShowRoster(Message):
+    """Coordinator: your engineer is to look at this version of the roster, and sign it.
+
+    `chain` is `fedfin.roster_chain.RosterChain.to_json`; its last version may lack signatures.
+    """
+
+    chain: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class RosterSigned(Message):
+    """Lender: its engineer approved that version; `signature` is its identity key's over it, hex."""
+
+    signature: str = field(repr=False)
+
+
 _KINDS: Final[dict[str, type[Message]]] = {
     kind.__name__: kind
     for kind in (
         *(Propose, Accepted, Refused, AskHistogram, Histogram, Train, Update, Evaluate, Scores, Finish, Done),
         *(Open, Advertised, ShareKeys, Shared, Mask, Masked, Confirm, Confirmed, Unmask, Unmasked),
+        *(ShowRoster, RosterSigned),
     )
 }
 _SCALARS: Final = {"str": str, "int": int, "float": float}

@@ -5,6 +5,7 @@ prints one JSON line an event. Its poll is 0.1 s where Flower's own is 3 s. Priv
 are held to a contract by tests/test_link.py.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -37,9 +38,12 @@ from fedfin.errors import FedfinError, LinkError
 from fedfin.server.exchange import Answers
 from fedfin.server.founding import Federation, open_federation
 from fedfin.server.jobs import choose_job
+from fedfin.server.journal import Journal
+from fedfin.server.recording import Recorder
 from fedfin.server.registry import RunDirectory
-from fedfin.server.roster import Checkpoint, FederationStore
+from fedfin.server.roster import Checkpoint, FederationStore, Job
 from fedfin.server.rounds import run_job
+from fedfin.server.witnessing import WitnessedExchange
 from fedfin.update import Message, Refused, decode, encode
 from fedfin.wire import MESSAGE_TYPES, from_record, pull_soon, to_record
 
@@ -273,13 +277,37 @@ def _run_federation(exchange: GridExchange, federation: Federation, *, new_job: 
         federation.schema_text(), origin=str(federation.directory / federation.config.schema_path)
     )
     store = federation.store
-    job = choose_job(store, plan, new_job=new_job, say=_say)
+    with federation.log() as log:
+        journal = Journal(log)
+        recorder = Recorder(journal, hashlib.sha256(federation.config_path.read_bytes()).hexdigest())
+
+        def chosen(event: Mapping[str, Any]) -> None:
+            if event["event"] == "abandoned":
+                recorder.abandon(event["job"])
+            _say(event)
+
+        job = choose_job(store, plan, new_job=new_job, say=chosen)
+        recorder.begin(job, plan, store.weights(job.job_id))
+        _run_logged(exchange, federation, job, schema, journal, recorder)
+
+
+def _run_logged(
+    exchange: GridExchange,
+    federation: Federation,
+    job: Job,
+    schema: Schema,
+    journal: Journal,
+    recorder: Recorder,
+) -> None:
+    plan, store, identity = federation.config.job, federation.store, federation.identity()
     directory = RunDirectory(federation.runs_path / job.job_id)
-    directory.begin(federation.config, job, schema, federation.authority().fingerprint)
+    directory.begin(federation.config, job, schema, identity.statement.root)
 
     def say(event: Mapping[str, Any]) -> None:
+        recorder.take(event)
         directory.note(event)
-        _say(event)
+        if event["event"] != "exchange":  # of the log's, and too many for people
+            _say(event)
 
     def release(final: Checkpoint) -> None:
         model = ReleasedModel(
@@ -293,19 +321,25 @@ def _run_federation(exchange: GridExchange, federation: Federation, *, new_job: 
         )
         save_model(model, directory.path / "model")
         directory.finish(model.digest)
-        _say({"event": "released", "job": job.job_id, "model": model.digest, "run": str(directory.path)})
+        released = {"event": "released", "job": job.job_id, "model": model.digest, "run": str(directory.path)}
+        recorder.take({**released, "rounds": final.round})
+        _say(released)
 
+    witnessed = WitnessedExchange(
+        exchange, journal, members=store.members, statement=identity.statement, say=say
+    )
     run_job(
-        exchange,
+        witnessed,
         store,
         job,
         plan,
         schema,
-        federation=federation.config.federation,
+        identity=identity,
         release=release,
         judged=directory.judge,
         say=say,
     )
+    recorder.take({"event": "completed"})
     _say({"event": "completed", "job": job.job_id, "run": str(directory.path)})
 
 

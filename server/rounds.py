@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from fedfin.coordinator_key import CoordinatorIdentity
+from fedfin.credit.export import model_digest
 from fedfin.credit.schema import Schema
 from fedfin.errors import FedfinError, QuorumError
 from fedfin.plan import JobPlan
@@ -23,6 +25,7 @@ from fedfin.server.gathering import WAIT_S, Gathering
 from fedfin.server.jobs import Say
 from fedfin.server.plain_sums import PlainSums
 from fedfin.server.roster import Checkpoint, FederationStore, Job
+from fedfin.server.roster_signing import RosterBook, RosterSigning
 from fedfin.server.stages import JobStages
 from fedfin.server.summing import CohortSums, Stage, SumLostError, Summing, SumShortError, Upcoming
 from fedfin.server.unmasking import JobContext, SecureSums
@@ -42,7 +45,7 @@ def run_job(
     plan: JobPlan,
     schema: Schema,
     *,
-    federation: str,
+    identity: CoordinatorIdentity,
     release: Callable[[Checkpoint], None],
     judged: Callable[[Mapping[str, Any]], None],
     say: Say,
@@ -55,7 +58,7 @@ def run_job(
         job: The job, new or unfinished.
         plan: Its plan.
         schema: The federation's schema.
-        federation: The federation's name.
+        identity: The coordinator's identity key, with what the authority states of it.
         release: Keeps the model at the coordinator; called before the job counts as completed, and again with
             the same model where the coordinator was killed in between.
         judged: Keeps the figures of an evaluation, of sums only; JSON.
@@ -68,7 +71,7 @@ def run_job(
         QuorumError: So many lenders refused that the quorum cannot be met, or a sum was lost and the cohort that alone
             may be asked again did not come back.
     """
-    runner = _Runner(exchange, store, job, plan, schema, federation, judged, say)
+    runner = _Runner(exchange, store, job, plan, schema, identity, judged, say)
     if job.status == "running":
         checkpoint = runner.train()
         release(checkpoint)
@@ -89,7 +92,7 @@ class _Runner:
         job: Job,
         plan: JobPlan,
         schema: Schema,
-        federation: str,
+        identity: CoordinatorIdentity,
         judged: Callable[[Mapping[str, Any]], None],
         say: Say,
     ) -> None:
@@ -98,14 +101,22 @@ class _Runner:
         self._job_id = job.job_id
         self._plan = plan
         self._schema = schema
-        self._federation = federation
+        self._federation = identity.statement.federation
         self._judged = judged
         self._say = say
         self.delivery = Delivery(
             exchange, store, job.job_id, say=say, patience_s=plan.cohort.round_deadline_s
         )
+        signing = RosterSigning(exchange, RosterBook(store, identity), job.job_id, say)
         self._gathering = Gathering(
-            exchange, store, job.job_id, plan, schema.fingerprint(), settle=self.delivery.settle, say=say
+            exchange,
+            store,
+            job.job_id,
+            plan,
+            schema.fingerprint(),
+            signing=signing,
+            settle=self.delivery.settle,
+            say=say,
         )
 
     def train(self) -> Checkpoint:
@@ -150,7 +161,14 @@ class _Runner:
                 break
         checkpoint = stages.first(sums)
         self._store.save_checkpoint(self._job_id, checkpoint)
-        self._say({"event": "bins", "lenders": len(sums.survivors), "missing": sums.missing})
+        self._say(
+            {
+                "event": "bins",
+                "lenders": len(sums.survivors),
+                "missing": sums.missing,
+                "model": _digest(checkpoint),
+            }
+        )
         return checkpoint
 
     def _round(self, summing: Summing, stages: JobStages, number: int, before: Checkpoint) -> Checkpoint:
@@ -162,7 +180,8 @@ class _Runner:
             return before
         after = stages.after(before, sums)
         self._store.save_checkpoint(self._job_id, after)
-        self._say({"event": "round_done", **about, **_report(sums)})
+        digests = {"model_before": _digest(before), "model": _digest(after)}
+        self._say({"event": "round_done", **about, **_report(sums), **digests})
         return after
 
     def _evaluate(
@@ -190,7 +209,13 @@ class _Runner:
                     figures = stages.judged(number, found)
                     self._judged(figures)
                     self._say(
-                        {"event": "evaluated", **about, "figures": figures["figures"], **_report(found)}
+                        {
+                            "event": "evaluated",
+                            **about,
+                            "figures": figures["figures"],
+                            "model": _digest(model),
+                            **_report(found),
+                        }
                     )
                     return
                 tries += 1
@@ -320,6 +345,10 @@ class _Runner:
             refuse=self._gathering.refuse,
             wait=self._gathering.wait,
         )
+
+
+def _digest(checkpoint: Checkpoint) -> str:
+    return model_digest(checkpoint.fingerprint, checkpoint.weights)
 
 
 def _report(sums: CohortSums) -> dict[str, Any]:

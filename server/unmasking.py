@@ -13,6 +13,7 @@ the SuperLink nor this process holds many of them.
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import time
@@ -23,6 +24,7 @@ from typing import Final, TypeVar
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from fedfin.audit.events import names_digest
 from fedfin.errors import LinkError, ProtocolRefusalError, RoundAbortedError
 from fedfin.privacy.combiner import Combiner
 from fedfin.privacy.encoding import Layout, unpack
@@ -183,6 +185,7 @@ class SecureSums:
                 enough=enough,
             )
             adverts = run.combiner.adverts()
+            self._note(run, "opened", len(adverts), _digest_of(adverts))
             share = ShareKeys(self._job.job_id, run.id, adverts)
             self._each(
                 run,
@@ -191,6 +194,7 @@ class SecureSums:
                 lambda name, reply: run.combiner.add_sealed(name, reply.sealed),
                 enough=enough,
             )
+            self._note(run, "shared", len(run.combiner.sharers), names_digest(run.combiner.sharers))
             run.exchanges += 2
         except RoundAbortedError:
             raise SumShortError(run.failures, run.refused) from None
@@ -227,6 +231,7 @@ class SecureSums:
             requests = {name: Mask(self._job.job_id, run.id, sealed[name], asked_bytes) for name in some}
             self._each(run, requests, Masked, fold)
         run.exchanges += 1
+        self._note(run, "masked", len(run.combiner.survivors), hashlib.sha256(question).hexdigest())
         self._leave_out_dealers(run, asked)
         if len(run.combiner.survivors) < least:
             msg = (
@@ -286,6 +291,7 @@ class SecureSums:
         request = Confirm(self._job.job_id, run.id, tuple(survivors), opening)
         self._each(run, dict.fromkeys(survivors, request), Confirmed, take, enough=run.context.threshold)
         run.exchanges += 1
+        self._note(run, "confirmed", len(survivors), names_digest(survivors))
         return next_run
 
     def _unmasked(self, run: _Sum, next_run: _Sum | None) -> "np.ndarray[tuple[int], np.dtype[np.uint32]]":
@@ -310,14 +316,31 @@ class SecureSums:
             event = {"event": "sum_liars", "stage": run.context.stage, "rule": "lying_helper"}
             self._say({**event, "lenders": list(liars)})
         try:
-            return run.combiner.total(min(_MAX_THREADS, os.cpu_count() or 1))
+            total = run.combiner.total(min(_MAX_THREADS, os.cpu_count() or 1))
         except RoundAbortedError:
             # These masked vectors have left, so the sum stays lost; no later one is lost by the same lender.
             if dealers := run.combiner.false_dealers:
                 self._leave_out(run, dict.fromkeys(dealers, FALSE_DEALER), rule="false_dealer")
             raise
+        digest = hashlib.sha256(total.astype("<u4", copy=False).tobytes()).hexdigest()
+        self._note(run, "unmasked", len(run.combiner.survivors), digest)
+        return total
 
     # What they share
+
+    def _note(self, run: _Sum, step: str, cohort_size: int, digest: str) -> None:
+        """Tell the log of a step that was taken: both sides log the same context."""
+        self._say(
+            {
+                "event": "exchange",
+                "stage": run.context.stage,
+                "attempt": run.context.attempt,
+                "step": step,
+                "cohort_size": cohort_size,
+                "context": run.id,
+                "digest": digest,
+            }
+        )
 
     def _start(self, upcoming: Upcoming, names: Sequence[str]) -> _Sum:
         layout = upcoming.layout(len(names))
@@ -399,6 +422,11 @@ class SecureSums:
                 )
             elif isinstance(reply, Refused) and run.ends_part:
                 self._refuse(name, reason)
+
+
+def _digest_of(parts: Mapping[str, bytes]) -> str:
+    """Return the SHA-256 of the parts by name."""
+    return hashlib.sha256(b"".join(name.encode() + b"\n" + parts[name] for name in sorted(parts))).hexdigest()
 
 
 def _in_waves(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -6,12 +6,11 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lenders import lender_folder, proposal, train_request
+from lenders import AskedLender, lender_folder, proposal, train_request
 from secure_lenders import Cohort, secure_plan, write_folders
 
 from fedfin.client.folder import LenderFolder
 from fedfin.client.hours import is_open, next_opening, require_hours
-from fedfin.client.lender import Lender
 from fedfin.config import LenderPolicy
 from fedfin.errors import NotYetError
 from fedfin.update import (
@@ -111,7 +110,7 @@ class Clock:
 def test_a_lender_accepts_and_trains_in_its_hours_only_and_reads_nothing_outside_them(tmp_path, monkeypatch):
     bank = lender_folder(tmp_path / "bank", **NIGHT)
     clock = Clock(madrid(12))
-    lender = Lender(LenderFolder(bank), say=lambda _: None, now=clock)
+    lender = AskedLender(LenderFolder(bank), say=lambda _: None, now=clock)
     refused = decode(lender.answer(proposal()), Refused)
     assert refused.waits == "hours"
     assert not (bank.parent / "jobs" / "credit-1234" / "job.json").exists()
@@ -137,7 +136,7 @@ def cohort(tmp_path):
     made = Cohort(write_folders(tmp_path, **NIGHT), secure_plan("none"))
     for name, bank in made.banks.items():
         made.lenders[name].close()
-        made.lenders[name] = Lender(LenderFolder(bank), say=lambda _: None, now=clock)
+        made.lenders[name] = AskedLender(LenderFolder(bank), say=lambda _: None, now=clock)
     yield made.accept(), clock
     for lender in made.lenders.values():
         lender.close()

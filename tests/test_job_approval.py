@@ -8,7 +8,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from lender_log import logged
-from lenders import JOB, PLAN, lender_folder, open_lender, proposal, schema
+from lenders import JOB, PLAN, AskedLender, lender_folder, open_lender, proposal, schema
 from secure_house import SecureHouse, hurry, job_of
 from typer.testing import CliRunner
 
@@ -17,7 +17,6 @@ from fedfin.audit.events import Approval, Refusal
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
 from fedfin.client.job_approval import approve, approvers_of, held_job, held_jobs
-from fedfin.client.lender import Lender
 from fedfin.errors import ConfigError
 from fedfin.identity import private_pem
 from fedfin.privacy.ledger import Ledger
@@ -192,7 +191,7 @@ def test_a_job_outside_the_policy_is_refused_for_good_and_never_kept_for_approva
 def test_a_job_can_be_approved_in_the_day_that_runs_at_night(tmp_path):
     bank = lender_folder(tmp_path / "bank", hours="22:00-06:00", time_zone="UTC", **TWO)
     now = [dt.datetime(2026, 11, 24, 12, tzinfo=dt.UTC)]
-    lender = Lender(LenderFolder(bank), say=lambda _: None, now=lambda: now[0])
+    lender = AskedLender(LenderFolder(bank), say=lambda _: None, now=lambda: now[0])
     assert refused(lender).waits == "approval"
     sign_as(bank, "anna", ANNA)
     sign_as(bank, "ben", BEN)
@@ -373,7 +372,7 @@ def test_a_lender_whose_hours_end_is_left_out_of_rounds_and_comes_back_in_the_sa
     bank.write_text(yaml.safe_dump(config))
     now = [dt.datetime(2026, 11, 24, 23, tzinfo=dt.UTC)]
     house.lenders["bank-d"].close()
-    house.lenders["bank-d"] = Lender(LenderFolder(bank), say=lambda _: None, now=lambda: now[0])
+    house.lenders["bank-d"] = AskedLender(LenderFolder(bank), say=lambda _: None, now=lambda: now[0])
     before = house.say
 
     def say(event):

@@ -1,7 +1,6 @@
 """Whole jobs under secure aggregation over real lenders: who drops out when, what is tried again, what is used up."""
 
 import dataclasses
-import json
 from collections import defaultdict
 
 import numpy as np
@@ -12,6 +11,7 @@ from secure_lenders import NAMES
 
 from fedfin.errors import QuorumError
 from fedfin.privacy.participant import Participant
+from fedfin.roster_chain import RosterChain
 from fedfin.server import unmasking
 from fedfin.server.roster import FederationStore
 from fedfin.strategies.fedavg import fedavg
@@ -112,12 +112,13 @@ def test_all_propose_at_once_with_the_same_roster_when_everyone_waited_for_is_on
     (first,) = [asked.names for asked in house.asked if asked.kind is Propose]
     assert first == NAMES
     (job,) = house.store.jobs()
-    assert [member["name"] for member in json.loads(house.store.roster(job.job_id))["members"]] == list(NAMES)
+    assert list(RosterChain.from_json(house.store.roster(job.job_id)).last.members) == list(NAMES)
 
 
 def test_who_enrols_in_the_middle_waits_for_the_next_job_and_is_told_so(house):
     """A member that was not there when the roster was frozen is in no sum of the job."""
     house.store.remove(LAST)
+    house.found(OTHERS)
     house.away.add(LAST)
 
     def enrol(event):
@@ -157,6 +158,7 @@ def test_nothing_of_one_lender_is_said_or_kept(house):
         assert set(line) == {
             *("event", "round", "of", "cohort", "missing", "seconds"),
             *("failed_after", "exchanges", "answer_bytes"),
+            *("model_before", "model"),
         }
 
 

@@ -1,0 +1,501 @@
+"""Lenders witness the coordinator's log: forks, rewinds and foreign keys are found at the next question, and kept."""
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import rosters
+from lender_log import logged
+from lenders import lender_folder, schema
+from secure_house import Killed, SecureHouse, hurry, job_of
+
+from fedfin.audit.checkpoint import NoteKey, cosign, parse_checkpoint, verify_note
+from fedfin.audit.consents import verify_answer
+from fedfin.audit.events import (
+    CheckpointSeen,
+    Clock,
+    Consent,
+    Fork,
+    Incident,
+    PlanProposed,
+    Policy,
+    Receipt,
+    Refusal,
+    RoundCompleted,
+)
+from fedfin.audit.log import AuditLog
+from fedfin.audit.origins import COORDINATOR, coordinator_origin
+from fedfin.audit.reading import open_log
+from fedfin.client.folder import LenderFolder
+from fedfin.client.lender import Lender
+from fedfin.client.witnessing import clear_forks, last_cosigned, open_forks
+from fedfin.errors import AuditError, ConfigError
+from fedfin.identity import create_identity_key
+from fedfin.plan import JobPlan
+from fedfin.privacy.sum_context import threshold_of
+from fedfin.server.jobs import choose_job
+from fedfin.server.journal import Journal
+from fedfin.server.recording import Recorder
+from fedfin.server.rounds import run_job
+from fedfin.server.witnessing import WitnessedExchange
+from fedfin.update import Accepted, Done, Finish, Propose, Refused, decode, encode, with_witness
+from fedfin.witness import Shown, Witnessed
+
+FINGERPRINT = rosters.authority().fingerprint
+ORIGIN = coordinator_origin("test", FINGERPRINT)
+PLAN = JobPlan.model_validate(
+    {
+        "aggregation": "plain",
+        "privacy": {"mode": "none"},
+        "cohort": {"min_lenders": 1},
+        "training": {"rounds": 1},
+        "evaluation": {"times": 0},
+    }
+)
+
+
+class Coordinator:
+    """A log of the coordinator's and what it shows of it."""
+
+    def __init__(self, path, key=None):
+        self.key = key or rosters.coordinator().key
+        self.log = AuditLog.create(path, origin=ORIGIN, actor=COORDINATOR, key=self.key, side="coordinator")
+
+    def grow(self, number, mark="a"):
+        self.log.append_many([Policy(digest=mark * 64)] * number)
+
+    def shown(self, *sizes):
+        note = self.log.checkpoint()
+        size = parse_checkpoint(note).size
+        return Shown(
+            note, {old: self.log.consistency(old, size) for old in sizes}, 1_700_000_000_000
+        ).to_json()
+
+
+def propose(job="job-1", witness=""):
+    return encode(Propose(job, PLAN.model_dump_json(), schema().fingerprint(), witness=witness))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return LenderFolder(lender_folder(tmp_path / "bank", allow_no_privacy=True))
+
+
+@pytest.fixture
+def lender(folder):
+    opened = Lender(folder, lambda _: None)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def honest(tmp_path):
+    made = Coordinator(tmp_path / "coordinator.db")
+    made.grow(5)
+    yield made
+    made.log.close()
+
+
+def taken(lender, data):
+    """The answer, and what came with it."""
+    answer = decode(lender.answer(data), Accepted, Refused)
+    return answer, Witnessed.from_json(answer.witness)
+
+
+def witness_key(folder):
+    return NoteKey("cosigner", folder.keys().witness.public_key())
+
+
+# A lender alone
+
+
+def test_a_checkpoint_is_checked_kept_and_then_cosigned(lender, folder, honest):
+    answer, seen = taken(lender, propose(witness=honest.shown()))
+    assert isinstance(answer, Accepted)
+    before = time.time()
+    note = honest.log.checkpoint() + seen.cosignature
+    by = verify_note(note, {"north-bank": witness_key(folder)}).by
+    assert before - 60 < by["north-bank"] <= before + 1
+    (kept,) = logged(folder.directory, CheckpointSeen)
+    assert (kept.member, kept.size, kept.cosigned) == (COORDINATOR, 5, True)
+    # its own log is pinned to what it logged before the answer left
+    own = parse_checkpoint(seen.checkpoint)
+    assert own.size == folder.journal.log.size
+    assert own.root == folder.journal.log.root()
+    (clock,) = [event for event in logged(folder.directory, Clock) if event.source == "coordinator"]
+    assert clock.offset_ms > 1_000_000
+
+
+def test_a_grown_log_is_followed_by_its_proof_over_restarts(lender, folder, honest):
+    for size, grown in ((5, 0), (9, 4), (9, 0), (200, 191)):
+        honest.grow(grown) if grown else None
+        held = [last_cosigned(folder)] if last_cosigned(folder) not in {None, size} else []
+        answer, seen = taken(lender, propose(witness=honest.shown(*held)))
+        assert isinstance(answer, Accepted)
+        assert seen.cosignature
+        assert last_cosigned(folder) == size
+        lender.close()
+        lender = Lender(LenderFolder(folder.config_path), lambda _: None)
+    assert [event.size for event in logged(folder.directory, CheckpointSeen)] == [5, 9, 200]
+    lender.close()
+
+
+def test_the_cosignature_is_not_made_where_the_checkpoint_cannot_be_kept(lender, honest, monkeypatch):
+    def full(*_):
+        raise AuditError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuditLog, "append_many", full)
+        with pytest.raises(AuditError, match="the disk is full"):
+            lender.answer(propose(witness=honest.shown()))
+    assert taken(lender, propose(witness=honest.shown()))[1].cosignature
+
+
+@pytest.mark.parametrize(
+    "witness", ["", "{}", "[", json.dumps({"checkpoint": 1, "proofs": {}, "time_ms": 0})]
+)
+def test_a_question_without_a_checkpoint_is_refused_and_nothing_is_reserved(lender, folder, witness):
+    answer = decode(lender.answer(propose(witness=witness)), Refused)
+    assert answer.reason.startswith("witness: ")
+    assert not (folder.jobs_path / "job-1").exists()
+    assert logged(folder.directory, Refusal)[-1].rule == "witness"
+    assert open_forks(folder) == ()
+
+
+def test_without_a_proof_the_lender_says_what_it_holds_and_goes_on_with_one(lender, folder, honest):
+    taken(lender, propose(witness=honest.shown()))
+    honest.grow(3)
+    answer, seen = taken(lender, propose("job-2", honest.shown()))
+    assert answer.reason.startswith("witness: ")
+    assert (seen.cosignature, parse_checkpoint(seen.held).size) == ("", 5)
+    assert isinstance(taken(lender, propose("job-2", honest.shown(5)))[0], Accepted)
+
+
+def forked(honest, path):
+    """Another history from the third entry on."""
+    other = Coordinator(path)
+    other.grow(3)
+    other.grow(7, "b")
+    return other.shown(5)
+
+
+def rewound(honest, path):
+    """Yesterday's database, which went on in another way."""
+    other = Coordinator(path)
+    other.grow(2)
+    other.grow(1, "c")
+    return other.shown()
+
+
+def same_size(honest, path):
+    other = Coordinator(path)
+    other.grow(5, "d")
+    return other.shown()
+
+
+def another_key(honest, path):
+    other = Coordinator(path, create_identity_key())
+    other.grow(6)
+    return other.shown(5)
+
+
+def spoilt_proof(honest, path):
+    honest.grow(2)
+    shown = json.loads(honest.shown(5))
+    shown["proofs"]["5"][0] = "0" * 64
+    return json.dumps(shown)
+
+
+@pytest.mark.parametrize("show", [forked, rewound, same_size, another_key, spoilt_proof])
+def test_what_cannot_be_the_log_it_knows_is_refused_kept_and_ends_all_answers(
+    lender, folder, honest, tmp_path, show
+):
+    shown_before = honest.shown()
+    taken(lender, propose(witness=shown_before))
+    shown = show(honest, tmp_path / "other.db")
+    answer, seen = taken(lender, propose("job-2", shown))
+    assert answer.reason.startswith("fork: ")
+    assert seen.cosignature == ""
+    assert not (folder.jobs_path / "job-2").exists()
+    # the proof is whole: both notes, both signed
+    (path,) = open_forks(folder)
+    kept = json.loads(path.read_text())
+    assert kept["held"] == json.loads(shown_before)["checkpoint"]
+    assert kept["shown"] == json.loads(shown)["checkpoint"]
+    assert [event.held for event in logged(folder.directory, Fork)] == [kept["held"]]
+    assert logged(folder.directory, Incident)[-1].kind == "integrity"
+    # an honest question comes too late, after a restart too
+    for opened in (lender, Lender(LenderFolder(folder.config_path), lambda _: None)):
+        assert taken(opened, propose("job-3", honest.shown(5)))[0].reason.startswith("fork: ")
+        opened.close()
+    # until the engineer has looked
+    (cleared,) = clear_forks(folder)
+    assert cleared["file"] == str(path)
+    assert open_forks(folder) == ()
+    assert path.exists()
+    again = Lender(LenderFolder(folder.config_path), lambda _: None)
+    if show is another_key:  # what was cosigned last still holds
+        assert isinstance(taken(again, propose("job-4", honest.shown(5)))[0], Accepted)
+    else:  # goes on from what was shown
+        assert isinstance(taken(again, propose("job-4", shown))[0], Accepted)
+    again.close()
+    with pytest.raises(ConfigError, match="nothing to clear"):
+        clear_forks(folder)
+
+
+def test_an_older_checkpoint_that_was_cosigned_is_late_and_no_fork(lender, folder, honest):
+    first = honest.shown()
+    taken(lender, propose(witness=first))
+    honest.grow(2)
+    taken(lender, propose(witness=honest.shown(5)))
+    answer, seen = taken(lender, propose("job-2", first))
+    assert answer.reason.startswith("witness: ")
+    assert parse_checkpoint(seen.held).size == 7
+    assert open_forks(folder) == ()
+
+
+def test_a_lender_without_the_coordinators_key_cosigns_nothing(lender, folder, honest):
+    folder.statement_path.unlink()
+    assert taken(lender, propose(witness=honest.shown()))[0].reason.startswith("witness: ")
+
+
+def test_a_refusal_and_a_receipt_are_signed_by_the_lenders_identity_key(lender, folder, honest):
+    key = folder.keys().identity.public_key()
+    answer, seen = taken(lender, propose("job-1", honest.shown()))
+    accepted = Consent(job="job-1", member="north-bank", plan=PLAN.digest(), decision="accepted")
+    verify_answer(accepted.model_copy(update={"signature": seen.signature}), key, ORIGIN)
+    with pytest.raises(AuditError, match="not signed by its identity key"):
+        verify_answer(accepted.model_copy(update={"signature": seen.signature, "job": "job-2"}), key, ORIGIN)
+    assert isinstance(answer, Accepted)
+    end = Finish("job-1", "abandoned", 0, "", "", np.zeros(0, np.float32), witness=honest.shown())
+    signature = Witnessed.from_json(decode(lender.answer(encode(end)), Done).witness).signature
+    verify_answer(
+        Receipt(job="job-1", member="north-bank", status="abandoned", signature=signature), key, ORIGIN
+    )
+
+
+# A coordinator and its lenders
+
+
+class WitnessedHouse(SecureHouse):
+    """The house with the federation's log, and lenders that are shown nothing but by it."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.shown_to = lambda name, text: text
+        self.said_by = lambda name, text: text
+        for lender in self.lenders.values():
+            lender.__class__ = Lender  # no test's coordinator in between
+        self.log_path = self.directory / "audit.db"
+        key = rosters.coordinator().key
+        AuditLog.create(self.log_path, origin=ORIGIN, actor=COORDINATOR, key=key, side="coordinator").close()
+
+    def restart(self, name):
+        super().restart(name)
+        self.lenders[name].__class__ = Lender
+
+    def ask(self, requests, expected, **options):
+        fold = options.pop("fold", None)
+        carried = {
+            name: decode(with_witness(encode(one), self.shown_to(name, one.witness)), type(one))
+            for name, one in requests.items()
+        }
+        answers_of = self.spoil
+
+        def spoil(name, reply):
+            reply = answers_of(name, reply)
+            return decode(with_witness(encode(reply), self.said_by(name, reply.witness)), type(reply))
+
+        self.spoil = spoil
+        try:
+            return super().ask(carried, expected, fold=fold, **options)
+        finally:
+            self.spoil = answers_of
+
+    def run(self, plan, *, new_job=False):
+        with AuditLog.open(self.log_path, key=rosters.coordinator().key) as log:
+            journal = Journal(log)
+            recorder = Recorder(journal, "0" * 64)
+            job = choose_job(self.store, plan, new_job=new_job, say=self.say)
+            recorder.begin(job, plan, self.store.weights(job.job_id))
+
+            def say(event):
+                recorder.take(event)
+                self.say(event)
+
+            witnessed = WitnessedExchange(
+                self, journal, members=self.store.members, statement=rosters.coordinator().statement, say=say
+            )
+            return run_job(
+                witnessed,
+                self.store,
+                job,
+                plan,
+                schema(),
+                identity=rosters.coordinator(),
+                release=lambda final: say(
+                    {"event": "released", "model": final.fingerprint, "rounds": final.round}
+                ),
+                judged=self.judged.append,
+                say=say,
+            )
+
+    def log(self):
+        return AuditLog.open(self.log_path, key=rosters.coordinator().key)
+
+    def entries(self, kind):
+        return logged(self.directory, kind)
+
+    def witnesses(self):
+        return {name: LenderFolder(bank).keys().witness.public_key() for name, bank in self.banks.items()}
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    hurry(monkeypatch)
+    built = WitnessedHouse(tmp_path)
+    yield built
+    built.close()
+
+
+@pytest.mark.parametrize("aggregation", ["secure", "plain"])
+def test_a_job_is_logged_and_cosigned_by_all(house, aggregation):
+    house.run(job_of(aggregation=aggregation, rounds=2, times=1))
+    completed = house.entries(RoundCompleted)
+    assert [event.round for event in completed] == [1, 2]
+    assert completed[0].model_after == completed[1].model_before
+    assert {event.member for event in house.entries(Consent)} == set(house.names)
+    assert {event.member for event in house.entries(Receipt)} == set(house.names)
+    assert len(house.entries(PlanProposed)) == 1
+    for event in [*house.entries(Consent), *house.entries(Receipt)]:
+        key = LenderFolder(house.banks[event.member]).keys().identity.public_key()
+        verify_answer(event, key, ORIGIN)
+    seen = house.entries(CheckpointSeen)
+    assert {event.member for event in seen} == set(house.names)
+    with house.log() as log:
+        final = parse_checkpoint(log.final_checkpoint(threshold_of(len(house.names))))
+        assert final.size == parse_checkpoint(log.latest_checkpoint()).size
+        assert set(log.cosignatures(final.size)) == set(house.names)
+    # nobody was shown anything else
+    for bank in house.banks.values():
+        assert last_cosigned(LenderFolder(bank)) == final.size
+    assert house.said("witness_doubted") == []
+
+
+def test_a_log_is_final_at_its_quorum_of_cosignatures(house):
+    """Of six lenders five are enough: one whose cosignature is lost or by another key does not hold the log up."""
+    stranger = create_identity_key()
+
+    def other_key(name, text):
+        if name != "bank-f" or not text:
+            return text
+        seen = json.loads(text)
+        with open_log(house.log_path) as log:
+            seen["cosignature"] = cosign(log.latest_checkpoint(), name, stranger, 1_700_000_000)
+        return json.dumps(seen)
+
+    house.said_by = other_key
+    house.run(job_of(rounds=1, times=0))
+    with house.log() as log:
+        last = parse_checkpoint(log.latest_checkpoint()).size
+        assert set(log.cosignatures(last)) == set(house.names) - {"bank-f"}
+        assert parse_checkpoint(log.final_checkpoint(5)).size == last
+        assert log.final_checkpoint(6) is None
+    assert {line["lender"] for line in house.said("witness_doubted")} == {"bank-f"}
+    assert "cosignature" in house.entries(Incident)[-1].reason
+
+
+def test_a_lender_whose_answer_was_lost_is_ahead_and_goes_on(house):
+    """It cosigned what the coordinator does not know of; the proofs are from everything that it was shown."""
+    lost = []
+
+    def fault(name, question, stage):
+        if name == "bank-a" and stage == "round 1" and type(question).__name__ == "Mask" and not lost:
+            lost.append(name)
+            return "mute"
+        return None
+
+    house.fault = fault
+    house.run(job_of(rounds=2, times=0))
+    assert lost
+    assert house.cohorts()[2] == house.names
+    assert house.said("sum_refused") == []
+
+
+def test_a_coordinator_that_forgot_what_it_showed_learns_it_from_the_lenders(house):
+    house.run(job_of(rounds=1, times=0))
+    lost = {name: last_cosigned(LenderFolder(bank)) for name, bank in house.banks.items()}
+    with house.log() as log:
+        # cosignatures that never arrived
+        log._db.execute("DROP TRIGGER cosignature_no_delete")
+        log._db.execute("DELETE FROM cosignature")
+        log._db.execute(
+            "CREATE TRIGGER cosignature_no_delete BEFORE DELETE ON cosignature"
+            " BEGIN SELECT RAISE(ABORT, 'cosignatures of a log are never changed'); END"
+        )
+    house.run(job_of(rounds=2, times=0), new_job=True)
+    assert house.cohorts()[2]
+    assert all(last_cosigned(LenderFolder(bank)) > lost[name] for name, bank in house.banks.items())
+
+
+def test_a_log_restored_from_yesterday_is_found_by_the_next_question(house):
+    house.run(job_of(rounds=1, times=0))
+    yesterday = house.directory / "yesterday.db"
+    shutil.copy(house.log_path, yesterday)
+    house.run(job_of(rounds=2, times=0), new_job=True)
+    shutil.copy(yesterday, house.log_path)
+    with pytest.raises(AuditError, match=r"cosigned .* entries .* restored from an older copy"):
+        house.run(job_of(rounds=3, times=0), new_job=True)
+    assert all(open_forks(LenderFolder(bank)) for bank in house.banks.values())
+
+
+def test_a_fork_shown_to_one_lender_is_found_and_the_others_go_on(house, tmp_path):
+    other = Coordinator(tmp_path / "fork.db")
+    other.grow(400, "e")
+
+    def shown_to(name, text):
+        return other.shown(*range(1, 200)) if name == "bank-b" and text and house.cohorts() else text
+
+    house.shown_to = shown_to
+    house.run(job_of(rounds=2, times=0, min_lenders=4))
+    assert "bank-b" not in house.cohorts()[2]
+    assert open_forks(LenderFolder(house.banks["bank-b"]))
+    assert not open_forks(LenderFolder(house.banks["bank-a"]))
+    (fork,) = logged(house.banks["bank-b"].parent, Fork)
+    for note in (fork.held, fork.shown):  # the coordinator's own signatures prove it
+        verify_note(note, {ORIGIN: NoteKey("signer", rosters.coordinator().key.public_key())})
+
+
+def test_a_job_goes_on_after_restarts_on_both_sides(house):
+    def kill():
+        if house.said("round_done"):
+            house.on_step = lambda: None
+            raise Killed
+
+    house.on_step = kill
+    with pytest.raises(Killed):
+        house.run(job_of(rounds=3, times=0))
+    for name in ("bank-a", "bank-c"):
+        house.restart(name)
+    house.run(job_of(rounds=3, times=0))
+    assert house.entries(RoundCompleted)[-1].round == 3
+    assert len(house.entries(PlanProposed)) == 1
+    assert not any(open_forks(LenderFolder(bank)) for bank in house.banks.values())
+
+
+def test_nothing_goes_on_that_the_coordinator_cannot_log(house, monkeypatch):
+    real, count = AuditLog.append_many, []
+
+    def fails(log, events):
+        if log.side == "coordinator" and house.said("bins"):
+            count.append(1)
+            raise AuditError("the disk is full")
+        return real(log, events)
+
+    monkeypatch.setattr(AuditLog, "append_many", fails)
+    with pytest.raises(AuditError, match="the disk is full"):
+        house.run(job_of(rounds=3, times=0))
+    assert house.questions(type(None), "round 1") == []
+    assert count
