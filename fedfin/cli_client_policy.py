@@ -48,7 +48,7 @@ def dry_run(
         int | None,
         typer.Option(
             "--members",
-            help="With --plan: lenders of the roster; default: those that the plan waits for, or its quorum.",
+            help="With --plan: lenders of the roster; default: the pinned roster's, or else the plan's.",
             min=1,
             show_default=False,
         ),
@@ -67,6 +67,7 @@ def dry_run(
         from fedfin.client.dry_run import to_json
         from fedfin.client.folder import LenderFolder
         from fedfin.client.job_approval import held_job
+        from fedfin.client.pinning import pinned
         from fedfin.config import FederationConfig
         from fedfin.parsing import load_config
 
@@ -81,7 +82,9 @@ def dry_run(
         else:
             assert plan is not None  # noqa: S101  (one of the two is given)
             asked = load_config(plan, FederationConfig).job
-            lenders = members or asked.cohort.wait_for or asked.cohort.min_lenders
+            known = pinned(folder) if asked.aggregation == "secure" else None
+            stated = asked.cohort.wait_for or asked.cohort.min_lenders
+            lenders = members or (stated if known is None else len(known.members))
         document = {**to_json(run(asked, folder, lenders)), **_people_and_hours(folder, asked, held)}
         if json_out:
             print_json(document)
