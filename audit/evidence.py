@@ -249,7 +249,8 @@ def _lender_rows(evidence: Evidence) -> list[Mapping[str, str]]:
             decision = f"refused: {run.refused[name]}"
         if story is not None and name in story.consents:
             logged, is_signed = story.consents[name]
-            decision = f"{decision} (log: {logged}{', signed by it' if is_signed else ''})"
+            decision = logged if decision.startswith(logged) else f"{decision} (the log says {logged})"
+            decision += ", signed by it" if is_signed else ""
         member = None if story is None else story.members.get(name)
         rows.append(
             {

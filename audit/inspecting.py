@@ -132,7 +132,7 @@ def anchors_of(path: Path, origin: str) -> tuple[str, ...]:
         is_log = file.read(len(_SQLITE)) == _SQLITE
     if not is_log:
         note = path.read_text(encoding="utf-8")
-        found = (note,) if parse_checkpoint(note).origin == origin else ()
+        found: tuple[str, ...] = (note,) if parse_checkpoint(note).origin == origin else ()
     else:
         with open_log(path) as log:
             seen = (entry.event for _, entry in log.entries() if entry is not None)
@@ -189,8 +189,8 @@ def _kind_of_file(path: Path) -> Kind:
         ("proof", PROOF_FORMAT.encode() in start),
         ("export", EXPORT_FORMAT.encode() in start),
     ]
-    kinds += [(kind, path.suffix == suffix) for suffix, kind in _SUFFIXES.items()]
-    kind = next((kind for kind, fits in kinds if fits), None)
+    by_content = next((kind for kind, fits in kinds if fits), None)
+    kind = by_content or _SUFFIXES.get(path.suffix)
     if kind is None:
         msg = f"{path} is nothing of fedfin's evidence; name a log, a run directory, a pack, an export or a proof"
         raise AuditError(msg)

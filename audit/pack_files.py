@@ -183,7 +183,7 @@ def _checked(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
 def _parse(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
-        body = json.loads(content.decode())
+        body: dict[str, Any] = json.loads(content.decode())
         same = canonical_json(body) + b"\n" == content
         if not same or body["format"] != PACK_FORMAT or not isinstance(body["job"], str):
             raise ValueError  # noqa: TRY301  (one message for all of it)

@@ -73,7 +73,13 @@ def rounds_plot(rounds: Sequence[Round]) -> Figure:
         above.bar(places, done, color=BLUE, label="in the sum")
         if any(missing):
             above.bar(
-                places, missing, bottom=done, color=ORANGE, hatch="//", edgecolor="white", label="missing"
+                places,
+                missing,
+                bottom=[max(pair) for pair in zip(done, lost, strict=True)],
+                color=ORANGE,
+                hatch="//",
+                edgecolor="white",
+                label="missing",
             )
         if any(lost):
             above.bar(places, lost, color=_LINE, edgecolor=GREY, label="round lost, nothing published")

@@ -143,7 +143,7 @@ def _parse(content: bytes) -> _Proof:
 
 def _parse_part(found: Mapping[str, Any]) -> _Part:
     leaf = found["leaf"].encode() if "leaf" in found else None
-    if found.keys() != {"index", "path", "leaf_hash" if leaf is None else "leaf"}:
+    if set(found) != {"index", "path", "leaf_hash" if leaf is None else "leaf"}:
         raise ValueError
     return _Part(
         index=int(found["index"]),

@@ -85,8 +85,9 @@ def export(
         target = _target(out or Path("audit.jsonl"))
         with open_log(log_path) as log:
             written = export_log(log, target, pruned=pruned)
-        what = "pruned log" if pruned else "log"
-        event = Export(what=what, digest=written.digest, num_entries=written.num_entries)
+        event = Export(
+            what="pruned log" if pruned else "log", digest=written.digest, num_entries=written.num_entries
+        )
         _record_or_undo(log_path, event, target)
         if json_out:
             print_json(

@@ -1,6 +1,7 @@
 """`fedfin report`: the evidence pack of a finished run, one folder or file that a stranger can check alone."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -108,12 +109,30 @@ def make_pack(
         AuditError: The run or its log does not parse, the audit is of another plan, or the pack exists.
         ConfigError: The pack cannot be written.
     """
+    from fedfin.audit.access import LOG_FILE, owners_key, record
+    from fedfin.audit.events import Export
     from fedfin.audit.pack import write_pack
+    from fedfin.identity import load_identity_key
 
     target = out or run.with_name(f"{run.resolve().name}-evidence" + (".zip" if as_zip else ""))
-    return write_pack(
-        evidence_of(run, audit=audit, gains=gains, is_simulated=is_simulated), target, as_zip=as_zip
+    log = (
+        run.resolve().parent.parent / LOG_FILE
+    )  # the run lies in runs/ of the coordinator's folder, or is a copy
+    key = owners_key(log) if log.is_file() else None
+    evidence = evidence_of(run, audit=audit, gains=gains, is_simulated=is_simulated)
+    pack = write_pack(
+        evidence,
+        target,
+        as_zip=as_zip,
+        key=None if key is None else load_identity_key(key, "`fedfin server init`"),
     )
+    if key is not None:
+        try:
+            record(log, Export(what="evidence pack", digest=pack.manifest))
+        except BaseException:  # what was not logged is not given out
+            target.unlink() if as_zip else shutil.rmtree(target)
+            raise
+    return pack
 
 
 def evidence_of(

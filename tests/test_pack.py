@@ -157,7 +157,7 @@ def test_the_report_loads_nothing_and_tells_of_every_section(run, tmp_path):
         assert heading in page
     for said in (
         "Simulated",
-        "1 attempts were lost",
+        "1 attempt was lost",
         "city-bank",
         "k = 1: 2.76",
         "Attacked",
