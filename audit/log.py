@@ -7,6 +7,7 @@ Several processes may append to one log; each looks at what the others wrote ins
 
 import contextlib
 import hashlib
+import os
 import sqlite3
 import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -225,6 +226,26 @@ class AuditLog(LogReader):
                 )
             return {name: time for name, time in by.items() if time is not None}
 
+    def copy_to(self, path: Path) -> None:
+        """Write a copy of the log as it is now: one file, whole or not at all; an existing file is replaced.
+
+        Raises:
+            AuditError: It cannot be written.
+        """
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.unlink(missing_ok=True)
+            with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copy:
+                with self._lock:
+                    self._db.backup(copy)
+                copy.execute("PRAGMA journal_mode=DELETE")  # nothing lies beside a copy that nobody writes
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        except (OSError, sqlite3.Error) as error:
+            part.unlink(missing_ok=True)
+            raise self._failed(error) from error
+
     def rotate(self, new_key: Ed25519PrivateKey) -> int:
         """Log that the owner's identity key is replaced: the old key signs this entry, the new one all after it.
 
@@ -432,7 +453,7 @@ class AuditLog(LogReader):
             " those who cosign it"
         )
 
-    def _failed(self, error: sqlite3.Error) -> AuditError:
+    def _failed(self, error: sqlite3.Error | OSError) -> AuditError:
         return AuditError(
             f"{self.path} cannot be written ({error}); free the disk or mend the folder: nothing goes on unlogged"
         )

@@ -43,6 +43,7 @@ from fedfin.server.recording import Recorder
 from fedfin.server.registry import RunDirectory
 from fedfin.server.roster import Checkpoint, FederationStore, Job
 from fedfin.server.rounds import run_job
+from fedfin.server.sealing import seal_finished
 from fedfin.server.witnessing import WitnessedExchange
 from fedfin.update import Message, Refused, decode, encode
 from fedfin.wire import MESSAGE_TYPES, from_record, pull_soon, to_record
@@ -278,7 +279,13 @@ def _run_federation(exchange: GridExchange, federation: Federation, *, new_job: 
     )
     store = federation.store
     with federation.log() as log:
-        journal = Journal(log)
+        journal, identity = Journal(log), federation.identity()
+
+        def seal() -> None:
+            for sealed in seal_finished(federation.runs_path, federation.root_path, store, identity, journal):
+                _say({"event": "sealed", "job": sealed})
+
+        seal()  # what was killed between a job's end and its seal
         recorder = Recorder(journal, hashlib.sha256(federation.config_path.read_bytes()).hexdigest())
 
         def chosen(event: Mapping[str, Any]) -> None:
@@ -289,6 +296,8 @@ def _run_federation(exchange: GridExchange, federation: Federation, *, new_job: 
         job = choose_job(store, plan, new_job=new_job, say=chosen)
         recorder.begin(job, plan, store.weights(job.job_id))
         _run_logged(exchange, federation, job, schema, journal, recorder)
+        seal()
+        _say({"event": "completed", "job": job.job_id, "run": str(federation.runs_path / job.job_id)})
 
 
 def _run_logged(
@@ -340,7 +349,6 @@ def _run_logged(
         say=say,
     )
     recorder.take({"event": "completed"})
-    _say({"event": "completed", "job": job.job_id, "run": str(directory.path)})
 
 
 def _end(_signum: int, _frame: FrameType | None) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import rosters
 from lender_log import logged
-from lenders import lender_folder, schema
+from lenders import ROOT, lender_folder, schema
 from secure_house import Killed, SecureHouse, hurry, job_of
 
 from fedfin.audit.checkpoint import NoteKey, cosign, parse_checkpoint, verify_note
 from fedfin.audit.consents import verify_answer
+from fedfin.audit.entry import canonical_json
 from fedfin.audit.events import (
     CheckpointSeen,
     Clock,
@@ -25,9 +26,11 @@ from fedfin.audit.events import (
     Refusal,
     RoundCompleted,
 )
+from fedfin.audit.events import Seal as SealEvent
 from fedfin.audit.log import AuditLog
 from fedfin.audit.origins import COORDINATOR, coordinator_origin
 from fedfin.audit.reading import open_log
+from fedfin.audit.sealing import read_seal
 from fedfin.client.folder import LenderFolder
 from fedfin.client.lender import Lender
 from fedfin.client.witnessing import clear_forks, last_cosigned, open_forks
@@ -39,6 +42,7 @@ from fedfin.server.jobs import choose_job
 from fedfin.server.journal import Journal
 from fedfin.server.recording import Recorder
 from fedfin.server.rounds import run_job
+from fedfin.server.sealing import seal_finished
 from fedfin.server.witnessing import WitnessedExchange
 from fedfin.update import Accepted, Done, Finish, Propose, Refused, decode, encode, with_witness
 from fedfin.witness import Shown, Witnessed
@@ -382,6 +386,44 @@ def test_a_job_is_logged_and_cosigned_by_all(house, aggregation):
     for bank in house.banks.values():
         assert last_cosigned(LenderFolder(bank)) == final.size
     assert house.said("witness_doubted") == []
+
+
+def test_a_finished_run_is_sealed_with_its_log_and_whatever_is_changed_in_it_is_named(house, tmp_path):
+    plan = job_of(rounds=1, times=0)
+    house.run(plan)
+    (job,) = house.store.jobs()
+    runs, root = tmp_path / "runs", tmp_path / "ca.pem"
+    (runs / job.job_id / "model").mkdir(parents=True)
+    (runs / job.job_id / "model" / "model.json").write_text("{}")
+    root.write_bytes(ROOT)
+    with house.log() as log:
+        journal = Journal(log)
+        assert seal_finished(runs, root, house.store, rosters.coordinator(), journal) == (job.job_id,)
+        assert seal_finished(runs, root, house.store, rosters.coordinator(), journal) == ()
+    run = runs / job.job_id
+    seal = read_seal(run)
+    assert (seal.job, seal.signed_by) == (job.job_id, rosters.coordinator().statement.fingerprint)
+    assert {path.name for path in run.iterdir()} == {"audit.db", "ca.pem", "manifest.json", "model", "roster.json"}
+    with open_log(run / "audit.db") as copy:
+        assert not copy.unmerged
+        assert copy.latest_checkpoint() == copy.note(copy.size)
+    assert [event.run for event in house.entries(SealEvent)] == [job.job_id]
+    for change, name in (
+        (lambda: (run / "model" / "model.json").write_text("[]"), "model/model.json"),
+        (lambda: (run / "more.txt").write_text("x"), "more.txt"),
+        ((run / "roster.json").unlink, "roster.json"),
+        (lambda: (run / "manifest.json").write_bytes(b"{}"), "manifest.json"),
+    ):
+        kept = shutil.copytree(run, tmp_path / f"kept-{name.replace('/', '-')}")
+        change()
+        with pytest.raises(AuditError, match=name):
+            read_seal(run)
+        shutil.rmtree(run)
+        shutil.copytree(kept, run)
+    body = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_bytes(canonical_json({**body, "job": "another"}) + b"\n")
+    with pytest.raises(AuditError, match="the signature of manifest"):
+        read_seal(run)
 
 
 def test_a_log_is_final_at_its_quorum_of_cosignatures(house):
