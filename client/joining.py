@@ -1,23 +1,18 @@
 """`fedfin client join TOKEN`: make the keys here, prove possession, receive the certificate and the schema."""
 
-import http.client
 import json
 import shutil
-import socket
 import ssl
 from pathlib import Path
-from typing import Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-from pydantic import ValidationError
 
 from fedfin.audit.checkpoint import fingerprint
 from fedfin.audit.events import Enrolment
+from fedfin.client.enrolment_link import post, request
 from fedfin.client.folder import LenderFolder
-from fedfin.client.node import check_clock
 from fedfin.config import LenderConfig
 from fedfin.coordinator_key import CoordinatorStatement
 from fedfin.credit.schema import Schema
@@ -26,6 +21,7 @@ from fedfin.errors import ConfigError, EnrolmentError, LinkError
 from fedfin.files import write_public
 from fedfin.identity import (
     LenderKeys,
+    certificate_request,
     create_lender_keys,
     fingerprint_of,
     load_lender_keys,
@@ -36,9 +32,6 @@ from fedfin.invitation import Invitation
 from fedfin.reference import annotated
 
 __all__ = ["join"]
-
-_TIMEOUT_S: Final = 20.0
-_MAX_ANSWER: Final = 8 * 1024 * 1024
 
 
 def join(token: str, directory: Path) -> LenderFolder:
@@ -133,7 +126,7 @@ def _pinned_root(invitation: Invitation) -> bytes:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # the fingerprint below decides, before anything of ours is said
-    status, body = _request(invitation, context, "GET", "/v1/enrol/root", None)
+    status, body = request(invitation.address, context, "GET", "/v1/enrol/root")
     try:
         pem = str(json.loads(body)["root"]).encode()
         root = x509.load_pem_x509_certificate(pem)
@@ -150,21 +143,17 @@ def _pinned_root(invitation: Invitation) -> bytes:
 
 
 def _enrol(invitation: Invitation, root_pem: bytes, keys: LenderKeys) -> EnrolmentAnswer:
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, invitation.name)])
-    certificate_request = (
-        x509.CertificateSigningRequestBuilder().subject_name(subject).sign(keys.tls, hashes.SHA256())
-    )
     unsigned = EnrolmentRequest(
         name=invitation.name,
         secret=invitation.secret,
-        certificate_request=certificate_request.public_bytes(serialization.Encoding.PEM).decode(),
+        certificate_request=certificate_request(invitation.name, keys.tls),
         node_key=public_pem(keys.node.public_key()),
         identity_key=public_pem(keys.identity.public_key()),
         witness_key=public_pem(keys.witness.public_key()),
         signatures={},
     )
     transcript = unsigned.transcript()
-    request = unsigned.model_copy(
+    signed = unsigned.model_copy(
         update={
             "signatures": {
                 "node": keys.node.sign(transcript, ec.ECDSA(hashes.SHA256())).hex(),
@@ -173,46 +162,4 @@ def _enrol(invitation: Invitation, root_pem: bytes, keys: LenderKeys) -> Enrolme
             }
         }
     )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(cadata=root_pem.decode())
-    status, body = _request(invitation, context, "POST", "/v1/enrol", request.model_dump_json().encode())
-    try:
-        if status == 200:
-            return EnrolmentAnswer.model_validate_json(body)
-        reason = str(json.loads(body)["error"])
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
-        msg = (
-            f"the coordinator's answer (status {status}) does not parse; both sides must run the same release"
-        )
-        raise LinkError(msg) from error
-    if status != 403:
-        raise LinkError(reason)  # the coordinator's own trouble: the keys are kept for another try
-    raise EnrolmentError(reason)
-
-
-def _request(
-    invitation: Invitation, context: ssl.SSLContext, method: str, path: str, body: bytes | None
-) -> tuple[int, bytes]:
-    host, _, port = invitation.address.rpartition(":")
-    connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=_TIMEOUT_S, context=context)
-    try:
-        connection.request(
-            method, path, body=body, headers={"content-type": "application/json"} if body else {}
-        )
-        response = connection.getresponse()
-        check_clock(response.getheader("date"))
-        return response.status, response.read(_MAX_ANSWER)
-    except ssl.SSLCertVerificationError as error:
-        msg = (
-            f"the server at {invitation.address} shows a certificate that the token's root did not sign"
-            f" ({error.verify_message}); somebody may be in between: nothing was sent, ask the coordinator"
-        )
-        raise EnrolmentError(msg) from error
-    except (OSError, http.client.HTTPException, socket.gaierror) as error:
-        msg = (
-            f"the coordinator at {invitation.address} cannot be reached ({error}); it must run (`fedfin server`)"
-            " while lenders join, and a firewall must let this machine through"
-        )
-        raise LinkError(msg) from error
-    finally:
-        connection.close()
+    return post(invitation.address, root_pem, "/v1/enrol", signed, EnrolmentAnswer)

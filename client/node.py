@@ -77,6 +77,7 @@ class Node:
         self,
         address: str,
         root_path: Path,
+        certificate: tuple[Path, Path],
         key: ec.EllipticCurvePrivateKey,
         app: ClientApp,
         *,
@@ -89,6 +90,7 @@ class Node:
         Args:
             address: host:port of the coordinator.
             root_path: The federation's root certificate, the only one that is trusted.
+            certificate: Files of this lender's certificate and its key, which it shows to the coordinator.
             key: The node key under which the lender is enrolled.
             app: The installed ClientApp.
             state_path: A file for the node's last number, so that a restarted node can take its own place.
@@ -97,6 +99,7 @@ class Node:
         """
         self._address = address
         self._root = root_path.read_bytes()
+        self._certificate = certificate
         self._key = key
         self._app = app
         self._state_path = state_path
@@ -137,10 +140,13 @@ class Node:
                 attempt += 1
 
     def _client(self) -> FleetHttpClient:
-        return FleetHttpClient.from_server_address(
-            self._address,
-            insecure=False,
-            root_certificates=self._root,
+        # Flower's own way of building it takes no certificate of the client's.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=self._root.decode("ascii"))
+        context.load_cert_chain(*self._certificate)  # read again at each connection: it is renewed every few weeks
+        return FleetHttpClient(
+            f"https://{self._address}",
+            verify=context,
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
                 NodeAuthHttpInterceptor(self._key, self._key.public_key()),

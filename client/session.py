@@ -10,6 +10,7 @@ from fedfin.client.app import make_app
 from fedfin.client.folder import LenderFolder
 from fedfin.client.lender import Lender
 from fedfin.client.node import Node
+from fedfin.client.renewing import CHECK_S, renew_if_due
 from fedfin.errors import FedfinError
 
 __all__ = ["serve"]
@@ -54,12 +55,25 @@ def serve(config_path: Path, *, once: bool, stop: threading.Event, say: Callable
         node = Node(
             folder.config.coordinator,
             folder.root_path,
+            (folder.directory / "certificate.pem", folder.directory / "keys" / "tls.key"),
             keys.node,
             make_app(lender),
             state_path=folder.directory / "node.json",
             say=say,
             idle=judge,
         )
+
+        def renew() -> None:
+            """Renew the certificate whenever it is due; what fails is tried again the next day."""
+            while True:
+                try:
+                    renew_if_due(folder, say)
+                except FedfinError as error:
+                    say(f"this lender's certificate could not be renewed: {error}")
+                if stop.wait(CHECK_S):
+                    return
+
+        threading.Thread(target=renew, daemon=True).start()
 
         def watch() -> None:
             stop.wait()

@@ -149,6 +149,7 @@ def release(
 
 app.command(name="approve-roster", epilog=cli_client_roster.ROSTER_EPILOG)(cli_client_roster.approve_roster)
 app.command(name="approve-member", epilog=cli_client_roster.MEMBER_EPILOG)(cli_client_roster.approve_member)
+app.command(name="rotate", epilog=cli_client_roster.ROTATE_EPILOG)(cli_client_roster.rotate)
 app.command(name="dry-run", epilog=cli_client_policy.DRY_RUN_EPILOG)(cli_client_policy.dry_run)
 app.command(name="make-approver", epilog=cli_client_policy.MAKE_EPILOG)(cli_client_policy.make_approver)
 app.command(name="approve-job", epilog=cli_client_policy.APPROVE_EPILOG)(cli_client_policy.approve_job)

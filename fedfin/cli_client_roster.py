@@ -1,4 +1,4 @@
-"""`fedfin client approve-roster`, `approve-member`: what a lender's engineer says of the federation's members."""
+"""`fedfin client approve-roster`, `approve-member`, `rotate`: members as a lender's engineer sees them, and its keys."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from fedfin.client.folder import LenderFolder
     from fedfin.client.pinning import Change
 
-__all__ = ["MEMBER_EPILOG", "ROSTER_EPILOG", "approve_member", "approve_roster"]
+__all__ = ["MEMBER_EPILOG", "ROSTER_EPILOG", "ROTATE_EPILOG", "approve_member", "approve_roster", "rotate"]
 
 ROSTER_EPILOG: Final = "Example:  fedfin client approve-roster --config north-bank/bank.yaml"
 MEMBER_EPILOG: Final = "Example:  fedfin client approve-member south-bank --config north-bank/bank.yaml"
+
+ROTATE_EPILOG: Final = "Example:  fedfin client rotate --config north-bank/bank.yaml"
 
 _ConfigOption = Annotated[Path, typer.Option("--config", help="The lender's bank.yaml.", dir_okay=False)]
 _YesOption = Annotated[bool, typer.Option("--yes", help="Approve without asking.")]
@@ -68,6 +70,31 @@ def approve_member(
         _approve(folder, member_change(folder, name), yes=yes, json_out=json_out, member=name)
 
     guarded(work, json_out=json_out, debug=debug)
+
+
+def rotate(
+    context: typer.Context,
+    config: _ConfigOption = _DEFAULT,
+    leave_jobs: Annotated[
+        bool, typer.Option("--leave-jobs", help="Rotate with a job open, and drop out of it.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make new keys for this lender, which the old identity key signs; the old ones are deleted.
+
+    The client must be stopped, and the coordinator must run. No other member needs to agree. A lender whose old key is
+    lost is removed and invited again.
+    """
+
+    def work() -> None:
+        from fedfin.client.folder import LenderFolder
+        from fedfin.client.renewing import rotate as rotate_keys
+
+        folder = LenderFolder(chosen(context, config, _DEFAULT))
+        rotate_keys(folder, leave_jobs=leave_jobs)
+        say(f"{folder.config.name} has new keys; the old ones are deleted. Back up {folder.directory}/keys again")
+
+    guarded(work, debug=debug)
 
 
 def _approve(

@@ -116,10 +116,11 @@ def invite(
     def work() -> None:
         import re
 
+        from fedfin.audit.origins import COORDINATOR
         from fedfin.invitation import LENDER_NAME_PATTERN, Invitation
         from fedfin.server.founding import open_federation
 
-        if not re.match(LENDER_NAME_PATTERN, name):
+        if not re.match(LENDER_NAME_PATTERN, name) or name == COORDINATOR:
             msg = f"{name!r} is no lender's name; use 1 to 40 small letters, digits and dashes, such as north-bank"
             raise ConfigError(msg)
         federation = open_federation(chosen(context, config, _DEFAULT))
@@ -145,27 +146,31 @@ def roster(
     json_out: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the enrolled lenders and the open invitations."""
+    """List the enrolled lenders, the signed version of the roster, who has not signed the next, and the invitations."""
 
     def work() -> None:
         import hashlib
 
         from fedfin.server.founding import open_federation
+        from fedfin.server.roster_signing import RosterBook, versions_document
 
-        store = open_federation(chosen(context, config, _DEFAULT)).store
+        federation = open_federation(chosen(context, config, _DEFAULT))
+        store = federation.store
         members = [
             {"name": m.name, "identity": hashlib.sha256(m.identity_key.encode()).hexdigest()}
             for m in store.members()
         ]
+        versions = versions_document(RosterBook(store, federation.identity()))
         pending = [{"name": name, "expires": expires} for name, expires in store.pending_invitations()]
         if json_out:
-            print_json({"members": members, "invitations": pending})
+            print_json({"members": members, "invitations": pending, **versions})
             return
         print_table(
             f"{len(members)} enrolled",
             ["lender", "identity key (SHA-256)"],
             [[m["name"], m["identity"][:32]] for m in members],
         )
+        _show_versions(versions)
         if pending:
             print_table(
                 "open invitations", ["lender", "until"], [[p["name"], p["expires"][:16]] for p in pending]
@@ -179,15 +184,24 @@ def remove(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The lender's name, as `fedfin server roster` lists it.")],
     config: ConfigOption = _DEFAULT,
+    reason: Annotated[
+        str, typer.Option("--reason", help="Why, for the log: no person's name.")
+    ] = "removed by the coordinator",
     debug: DebugOption = False,
 ) -> None:
-    """Take a lender off the roster: it is not waited for, and cannot connect once the coordinator starts again."""
+    """Revoke a lender: from this moment it is let in no more, and a running job goes on without it at its next round.
+
+    The next version of the roster leaves it out, once its members have signed that. The name can be invited again.
+    """
 
     def work() -> None:
+        from fedfin.server.admission import revoke
         from fedfin.server.founding import open_federation
 
-        open_federation(chosen(context, config, _DEFAULT)).store.remove(name)
-        say(f"{name} is removed; start `fedfin server` again if it runs. The name can be invited again.")
+        federation = open_federation(chosen(context, config, _DEFAULT))
+        with federation.log() as log:
+            revoke(federation.store, log, name, reason)
+        say(f"{name} is removed, at once; the next version of the roster leaves it out. The name can be invited again.")
 
     guarded(work, debug=debug)
 
@@ -279,6 +293,11 @@ class _View:
                     + (f"; away: {', '.join(event['for'])}" if event["for"] else "")
                     + (f"; invited: {', '.join(event['invited'])}" if event.get("invited") else "")
                 )
+                if event.get("approvals"):
+                    self._line(
+                        f"the roster waits for the engineers of {', '.join(event['approvals'])} to sign it"
+                        " (`fedfin client approve-roster`)"
+                    )
             case "accepted":
                 self._line(f"{event['lender']} takes part")
             case "refused" | "unanswered":
@@ -360,6 +379,18 @@ class _View:
 
     def _describe(self, text: str) -> None:
         self._progress.update(self._task, description=text)
+
+
+def _show_versions(document: Mapping[str, Any]) -> None:
+    signed, waiting = document["version"], document["waiting"]
+    if signed is not None:
+        say(f"version {signed['number']} of the roster, {signed['digest']}: {', '.join(signed['members'])}")
+    if waiting is not None:
+        say(
+            f"version {waiting['number']}, {waiting['digest'][:12]}, waits for {', '.join(waiting['waits_for'])}: their"
+            " engineers look at it and sign it with `fedfin client approve-roster`, while the coordinator runs a job",
+            style="yellow",
+        )
 
 
 def _read_schema(path: Path | None) -> str:

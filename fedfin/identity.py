@@ -24,12 +24,16 @@ from fedfin.errors import ConfigError, EnrolmentError
 from fedfin.files import write_private
 
 __all__ = [
+    "LEAF_DAYS",
+    "RENEW_DAYS",
     "CertificateAuthority",
     "LenderKeys",
+    "certificate_request",
     "create_authority",
     "create_identity_key",
     "create_lender_keys",
     "fingerprint_of",
+    "is_due",
     "key_fingerprint",
     "load_authority",
     "load_identity_key",
@@ -44,7 +48,11 @@ __all__ = [
 _ROOT_DAYS: Final = 3650
 
 
-_LEAF_DAYS: Final = 825
+LEAF_DAYS: Final = 30
+"""How long a certificate is valid: whoever holds it renews it by itself."""
+
+RENEW_DAYS: Final = 10
+"""A certificate with fewer days left is renewed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +121,7 @@ class CertificateAuthority:
             .serial_number(x509.random_serial_number())
             # A day early: a lender's clock an hour slow must reach the message that says so.
             .not_valid_before(now - dt.timedelta(days=1))
-            .not_valid_after(now + dt.timedelta(days=_LEAF_DAYS))
+            .not_valid_after(now + dt.timedelta(days=LEAF_DAYS))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -239,6 +247,19 @@ def load_lender_keys(directory: Path) -> LenderKeys:
         )
         raise ConfigError(msg)
     return LenderKeys(tls=tls, node=node, identity=identity, witness=witness)
+
+
+def is_due(certificate: x509.Certificate) -> bool:
+    """Whether it is time to renew a certificate."""
+    left = certificate.not_valid_after_utc - dt.datetime.now(dt.UTC)
+    return left < dt.timedelta(days=RENEW_DAYS)
+
+
+def certificate_request(name: str, key: ec.EllipticCurvePrivateKey) -> str:
+    """Return a request for a certificate of this key in the name of a lender, PEM."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def fingerprint_of(certificate: x509.Certificate) -> str:

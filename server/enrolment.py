@@ -1,4 +1,4 @@
-"""How a lender is enrolled: `/v1/enrol/root` and `/v1/enrol` on the public listener.
+"""How a lender is enrolled: `/v1/enrol/root` and `/v1/enrol` on the public listener; `renewal` has what comes later.
 
 The lender fetches the root certificate, compares it with the fingerprint of its token, then sends its public
 keys over TLS pinned to that root, with the token's secret and a signature by each key (proof of possession).
@@ -13,14 +13,15 @@ from typing import Any, Final
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from pydantic import ValidationError
 
 from fedfin.coordinator_key import CoordinatorStatement
 from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
 from fedfin.errors import EnrolmentError, FedfinError
-from fedfin.identity import CertificateAuthority, public_pem, verify_signature
+from fedfin.identity import CertificateAuthority
 from fedfin.invitation import secret_hash
+from fedfin.server.enrolled_keys import check_possession, keys_of
+from fedfin.server.renewal import RenewalDesk
 from fedfin.server.roster import FederationStore, Member
 
 __all__ = ["EnrolmentDesk", "enrolment_app"]
@@ -71,7 +72,7 @@ class EnrolmentDesk:
         try:
             request = EnrolmentRequest.model_validate_json(body)
             certificate_request = x509.load_pem_x509_csr(request.certificate_request.encode())
-            keys = _keys_of(request)
+            keys = keys_of(request)
         except (ValidationError, UnsupportedAlgorithm, ValueError):
             msg = "the enrolment request is malformed; both sides must run the same release of fedfin"
             # from None: the original would print the secret it was given.
@@ -83,18 +84,10 @@ class EnrolmentDesk:
         ):
             before = None
             self._store.check_invitation(request.name, hashed)
-        if set(request.signatures) != set(keys) or len(set(keys.values())) != len(keys):
-            msg = "the enrolment must be signed by three different keys; run `fedfin client join` again"
-            raise EnrolmentError(msg)
-        for role, key in keys.items():
-            try:
-                signature = bytes.fromhex(request.signatures[role])
-            except ValueError as error:
-                msg = f"the signature of the {role} key is malformed; run `fedfin client join` again"
-                raise EnrolmentError(msg) from error
-            verify_signature(key, signature, request.transcript())
+        check_possession(request, keys)
         if before is not None:
             # The same lender, token and keys: the first answer was lost on its way, and is given again.
+            self._on_member(before)
             return self._answer(before.certificate)
         certificate = self._authority.issue_lender(certificate_request, request.name)
         pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
@@ -120,24 +113,13 @@ class EnrolmentDesk:
         )
 
 
-def _keys_of(request: EnrolmentRequest) -> dict[str, str]:
-    """Return the keys' PEM by role; refuse one of another kind, or written otherwise than `public_pem` does."""
-    keys = {"node": request.node_key, "identity": request.identity_key, "witness": request.witness_key}
-    for role, pem in keys.items():
-        key = serialization.load_pem_public_key(pem.encode())
-        if role == "node":
-            fits = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)
-        else:
-            fits = isinstance(key, ed25519.Ed25519PublicKey)
-        # One text a key: else the roster would take the same key twice, with a blank line more.
-        if not fits or public_pem(key) != pem:  # type: ignore[arg-type]  # EC or Ed25519 where it fits
-            msg = f"the {role} key is of another kind or form; run `fedfin client join` with this release of fedfin"
-            raise EnrolmentError(msg)
-    return keys
-
-
-def enrolment_app(desk: EnrolmentDesk) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
-    """Return the ASGI application that answers `/v1/enrol/root` (GET) and `/v1/enrol` (POST)."""
+def enrolment_app(desk: EnrolmentDesk, renewal: RenewalDesk) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """Return the ASGI application that answers `/v1/enrol/root` (GET) and `/v1/enrol`, `/rotate`, `/renew` (POST)."""
+    answers: dict[str, Callable[[bytes], dict[str, str]]] = {
+        "/v1/enrol": lambda body: desk.enrol(body).model_dump(),
+        "/v1/enrol/rotate": lambda body: {"certificate": renewal.rotate(body)},
+        "/v1/enrol/renew": lambda body: {"certificate": renewal.renew(body)},
+    }
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/v1/enrol/root" and scope["method"] == "GET":
@@ -145,7 +127,8 @@ def enrolment_app(desk: EnrolmentDesk) -> Callable[[Scope, Receive, Send], Await
                 send, 200, {"root": desk.root_pem.decode(), "time": dt.datetime.now(dt.UTC).isoformat()}
             )
             return
-        if scope["path"] != "/v1/enrol" or scope["method"] != "POST":
+        answer = answers.get(scope["path"])
+        if answer is None or scope["method"] != "POST":
             await _answer(send, 404, {"error": "there is nothing here"})
             return
         body = b""
@@ -158,7 +141,7 @@ def enrolment_app(desk: EnrolmentDesk) -> Callable[[Scope, Receive, Send], Await
                 await _answer(send, 413, {"error": "the enrolment request is too long"})
                 return
         try:
-            await _answer(send, 200, desk.enrol(body).model_dump())
+            await _answer(send, 200, answer(body))
         except EnrolmentError as error:
             await _answer(send, 403, {"error": str(error)})
         except FedfinError as error:

@@ -1,11 +1,9 @@
 """`fedfin server init`: a federation's folder, with its authority, keys, schema and configuration."""
 
 import contextlib
-import datetime as dt
 from pathlib import Path
 from typing import Any, Final
 
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
@@ -28,6 +26,7 @@ from fedfin.plan import JobPlan
 from fedfin.reference import annotated
 from fedfin.server.journal import open_federation_log
 from fedfin.server.roster import FederationStore
+from fedfin.server.server_certificate import issue, renew_if_due
 
 __all__ = ["Federation", "found", "open_federation"]
 
@@ -107,10 +106,12 @@ def open_federation(config_path: Path) -> Federation:
         if not path.exists():
             msg = f"{path} is missing; it is made by `fedfin server init`: restore the folder from its backup"
             raise ConfigError(msg)
-    certificate = x509.load_pem_x509_certificate(federation.server_certificate_path.read_bytes())
-    if certificate.not_valid_after_utc < dt.datetime.now(dt.UTC):
-        msg = f"{federation.server_certificate_path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; renew it"
-        raise ConfigError(msg)
+    renew_if_due(
+        federation.server_certificate_path,
+        federation.server_key_path,
+        federation.authority,
+        federation.config.address,
+    )
     if not federation.statement_path.exists():  # a folder from before coordinators had such a key
         _make_identity(federation.directory, federation.authority(), federation.config.federation)
     return federation
@@ -159,7 +160,7 @@ def found(directory: Path, *, name: str, address: str, schema_text: str, job: di
     )
     authority = create_authority(name)
     server_key = ec.generate_private_key(ec.SECP256R1())
-    certificate = authority.issue_server(server_key, tuple(dict.fromkeys((host, *_LOCAL))))
+    certificate = issue(authority, server_key, address)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         directory.chmod(0o700)

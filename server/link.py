@@ -14,10 +14,12 @@ Private parts of flwr 1.41 used here are held to a contract by tests/test_link.p
 import asyncio
 import base64
 import contextlib
+import hashlib
 import hmac
 import json
 import os
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -41,10 +43,16 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 from flwr.superlink.servicer.control import control_handlers
 
+from fedfin.audit.events import Enrolment
 from fedfin.errors import FedfinError, LinkError
+from fedfin.server.admission import MemberKeys, log_rotation
 from fedfin.server.enrolment import EnrolmentDesk, enrolment_app
 from fedfin.server.founding import Federation, open_federation
+from fedfin.server.mutual_tls import CERTIFICATE, ShownCertificate
+from fedfin.server.renewal import RenewalDesk, Rotated
 from fedfin.server.roster import Member
+from fedfin.server.roster_signing import RosterBook
+from fedfin.server.server_certificate import serve_renewed
 from fedfin.wire import THIN_BUNDLE_NAME
 
 __all__ = ["MAX_BODY", "FleetOnly", "RuntimeOnly", "main", "open_socket"]
@@ -82,8 +90,10 @@ clientapp = "fedfin.client.app:app"
 class FleetOnly:
     """The public door: Flower's Fleet API, its health, and our enrolment; all else is 404, unseen by Flower."""
 
-    def __init__(self, superlink: App, enrolment: App, knows: Callable[[bytes], bool]) -> None:
-        """Prepare the door; `knows` tells whether a node key (as Flower's header carries it) is enrolled."""
+    def __init__(self, superlink: App, enrolment: App, knows: Callable[[bytes, bytes], bool]) -> None:
+        """Prepare the door; `knows` tells whether a node key (as Flower's header carries it) and a certificate (DER, or
+        nothing) are one member's.
+        """
         self._superlink = superlink
         self._enrolment = enrolment
         self._knows = knows
@@ -99,8 +109,9 @@ class FleetOnly:
         elif _path_is(scope, "/v1/fleet/"):
             # Flower reads a whole body before it looks at the signature: strangers are turned away unread.
             headers = dict(scope["headers"])
-            if not self._knows(headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode(), b"")):
-                await _json(send, 401, {"error": "this node key is not enrolled here"})
+            key = headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode(), b"")
+            if not self._knows(key, scope.get(CERTIFICATE, b"")):
+                await _json(send, 401, {"error": "this node key and certificate are not enrolled here"})
             elif _length(headers) > MAX_BODY:
                 await _json(send, 413, {"error": f"a message may hold {MAX_BODY} bytes"})
             else:
@@ -176,16 +187,41 @@ async def _serve(federation: Federation, secret: str) -> None:
     state: LinkState = superlink.state.linkstate_factory.state()
     for member in federation.store.members():
         _register(state, member)
+    log = federation.log()
+    members = MemberKeys(federation.store, _node_key)
+
+    def enrolled(member: Member) -> None:
+        """Log who joined, then let its node in; without the entry it gets no answer, and its next try is logged."""
+        log.append(
+            Enrolment(
+                member=member.name,
+                federation=config.federation,
+                identity=hashlib.sha256(member.identity_key.encode()).hexdigest(),
+                witness=hashlib.sha256(member.witness_key.encode()).hexdigest(),
+                root=federation.authority().fingerprint,
+            )
+        )
+        _register(state, member)
+        members.forget()
+
+    def rotated(what: Rotated) -> None:
+        log_rotation(log, what)
+        _register(state, what.after)
+        members.forget()
+
+    authority, identity = federation.authority(), federation.identity()
     desk = EnrolmentDesk(
         federation.store,
-        federation.authority(),
-        statement=federation.identity().statement,
+        authority,
+        statement=identity.statement,
         schema_text=federation.schema_text,
-        on_member=lambda member: _register(state, member),
+        on_member=enrolled,
     )
+    book = RosterBook(federation.store, identity)
+    renewal = RenewalDesk(federation.store, authority, book, config.federation, rotated)
     public = uvicorn.Server(
         uvicorn.Config(
-            FleetOnly(superlink, enrolment_app(desk), lambda header: _is_enrolled(state, header)),
+            FleetOnly(superlink, enrolment_app(desk, renewal), lambda header, shown: _is_member(members, header, shown)),
             log_level="error",
             access_log=False,
             timeout_graceful_shutdown=_GRACE_S,
@@ -193,6 +229,9 @@ async def _serve(federation: Federation, secret: str) -> None:
             limit_concurrency=1000,
             ssl_certfile=str(federation.server_certificate_path),
             ssl_keyfile=str(federation.server_key_path),
+            ssl_ca_certs=str(federation.root_path),
+            ssl_cert_reqs=ssl.CERT_OPTIONAL,  # who enrols has none yet; the door insists where it must
+            http=ShownCertificate,
             server_header=False,
             lifespan="on",
             ws="none",
@@ -221,11 +260,15 @@ async def _serve(federation: Federation, secret: str) -> None:
             msg = "the SuperLink did not start; look into link.log beside federation.yaml"
             raise LinkError(msg)
         await asyncio.sleep(0.02)
+    assert public.config.ssl is not None  # noqa: S101  (it was given a certificate)
+    certificate = (federation.server_certificate_path, federation.server_key_path, federation.authority, config.address)
+    threading.Thread(target=serve_renewed, args=(public.config.ssl, *certificate), daemon=True).start()
     _say({"inner": f"127.0.0.1:{inner_socket.getsockname()[1]}", "pid": os.getpid()})
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
     public.should_exit = inner.should_exit = True
     await asyncio.gather(*tasks)
+    log.close()
 
 
 def _superlink_config(federation: Federation) -> SuperLinkLifespanConfig:
@@ -260,8 +303,12 @@ def _superlink_config(federation: Federation) -> SuperLinkLifespanConfig:
     )
 
 
+def _node_key(member: Member) -> bytes:
+    return public_key_to_bytes(load_pem_public_key(member.node_key.encode()))  # type: ignore[arg-type]  # EC, checked at enrolment
+
+
 def _register(state: LinkState, member: Member) -> None:
-    key = public_key_to_bytes(load_pem_public_key(member.node_key.encode()))  # type: ignore[arg-type]  # EC, checked at enrolment
+    key = _node_key(member)
     if state.get_node_id_by_public_key(key) is None:
         state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, _HEARTBEAT_S)
 
@@ -288,12 +335,12 @@ def _when_stdin_closes(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> 
         loop.call_soon_threadsafe(stop.set)
 
 
-def _is_enrolled(state: LinkState, header: bytes) -> bool:
+def _is_member(members: MemberKeys, header: bytes, certificate: bytes) -> bool:
     try:
         key = base64.b64decode(header, validate=True)
     except ValueError:
         return False
-    return bool(key) and state.get_node_id_by_public_key(key) is not None
+    return members.knows(key, certificate)
 
 
 def _length(headers: Mapping[bytes, bytes]) -> int:

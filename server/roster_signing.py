@@ -29,7 +29,7 @@ from fedfin.server.jobs import Say
 from fedfin.server.roster import FederationStore, Member
 from fedfin.update import Refused, RosterSigned, ShowRoster
 
-__all__ = ["ASK_S", "RosterBook", "RosterSigning", "member_row"]
+__all__ = ["ASK_S", "RosterBook", "RosterSigning", "member_row", "versions_document"]
 
 ASK_S: Final = 2.0
 """A lender whose engineer has not approved a version yet is asked again after this long."""
@@ -205,6 +205,17 @@ class RosterSigning:
         chain = self._book.chain()
         if chain is not None and chain.last.number == number:
             self._say({"event": "roster_complete", **_about(chain)})
+
+
+def versions_document(book: RosterBook) -> dict[str, Any]:
+    """Return the last complete version and the one that waits, for `fedfin server roster`; None where there is none."""
+    chain, candidate = book.chain(), book.candidate()
+    return {
+        "version": None if chain is None else _about(chain),
+        "waiting": None
+        if candidate is None
+        else {**_about(candidate), "waits_for": list(candidate.missing().names)},
+    }
 
 
 def member_row(member: Member) -> RosterMember:

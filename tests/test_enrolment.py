@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedfin.coordinator_key import CoordinatorStatement
+from fedfin.coordinator_key import CoordinatorIdentity, CoordinatorStatement
 from fedfin.enrolling import EnrolmentAnswer, EnrolmentRequest
 from fedfin.errors import ConfigError, EnrolmentError
 from fedfin.identity import (
@@ -32,7 +32,9 @@ from fedfin.identity import (
 )
 from fedfin.invitation import Invitation, secret_hash
 from fedfin.server.enrolment import EnrolmentDesk, enrolment_app
+from fedfin.server.renewal import RenewalDesk
 from fedfin.server.roster import FederationStore
+from fedfin.server.roster_signing import RosterBook
 
 AUTHORITY = create_authority("alps")
 KEYS = create_lender_keys()
@@ -107,11 +109,11 @@ def body_of(request):
 
 def refused(federation, body):
     """The reason of a refusal, having made sure that nobody was enrolled and no secret was told."""
-    before = federation.store.members()
+    before, announced = federation.store.members(), list(federation.announced)
     with pytest.raises(EnrolmentError) as caught:
         federation.desk.enrol(body)
     assert federation.store.members() == before
-    assert len(federation.announced) == len(before)
+    assert federation.announced == announced
     assert_tells_no_secret("".join(traceback.format_exception(caught.value)), body)
     return str(caught.value)
 
@@ -402,7 +404,11 @@ def ask(app, method, path, parts=(b"",)):
 
 @pytest.fixture
 def app(federation):
-    return enrolment_app(federation.desk)
+    identity = CoordinatorIdentity(STATEMENT, COORDINATOR)
+    book = RosterBook(federation.store, identity)
+    return enrolment_app(
+        federation.desk, RenewalDesk(federation.store, AUTHORITY, book, "alps", federation.announced.append)
+    )
 
 
 def test_the_root_certificate_is_given_to_everybody(app):
@@ -461,6 +467,13 @@ def test_there_is_nothing_elsewhere(app, method, path):
 @pytest.mark.parametrize("parts", [[b" " * 65_537], [b" " * 40_000] * 2, [b" " * 40_000] * 100])
 def test_a_body_that_is_too_long_is_413_and_not_read_to_its_end(app, parts):
     assert ask(app, "POST", "/v1/enrol", parts) == (413, '{"error": "the enrolment request is too long"}')
+
+
+@pytest.mark.parametrize("path", ["/v1/enrol/rotate", "/v1/enrol/renew"])
+def test_new_keys_and_renewals_are_answered_there_too(app, path):
+    status, text = ask(app, "POST", path, [b"{}"])
+    assert (status, "malformed" in text) == (403, True)
+    assert ask(app, "GET", path)[0] == 404
 
 
 def test_a_request_that_breaks_off_enrols_nobody(app, federation):

@@ -67,6 +67,10 @@ def in_round(built: Federation, name: str, number: int) -> bool:
 
 
 @pytest.mark.timeout(240)
+def certificate_of(built, name):
+    return built.directory / name / "certificate.pem", built.directory / name / "keys" / "tls.key"
+
+
 def test_three_lenders_train_one_model_and_the_public_port_answers_only_them(tmp_path, monkeypatch):
     with federation(tmp_path, SECURE_JOB) as built:
         started(built, NAMES, "--once", min_cohort=3)
@@ -122,6 +126,7 @@ def assert_an_unenrolled_node_is_refused(built: Federation) -> None:
     stranger = Node(
         built.address,
         built.config.parent / "ca.pem",
+        certificate_of(built, "north-bank"),
         ec.generate_private_key(ec.SECP384R1()),
         app=None,
         state_path=built.directory / "stranger.json",
@@ -130,6 +135,21 @@ def assert_an_unenrolled_node_is_refused(built: Federation) -> None:
     )
     with stranger._client() as client, pytest.raises(httpx.HTTPStatusError) as refusal:
         stranger._activate(client)
+    assert refusal.value.response.status_code == 401
+
+    # A member's node key with another member's certificate is refused too.
+    mixed = Node(
+        built.address,
+        built.config.parent / "ca.pem",
+        certificate_of(built, NAMES[1]),
+        load_lender_keys(built.directory / "north-bank" / "keys").node,
+        app=None,
+        state_path=built.directory / "mixed.json",
+        say=lambda _: None,
+        idle=lambda: None,
+    )
+    with mixed._client() as client, pytest.raises(httpx.HTTPStatusError) as refusal:
+        mixed._activate(client)
     assert refusal.value.response.status_code == 401
 
 
@@ -145,6 +165,7 @@ def assert_a_clock_an_hour_off_is_named(built: Federation, monkeypatch: pytest.M
     node = node_module.Node(
         built.address,
         built.config.parent / "ca.pem",
+        certificate_of(built, "north-bank"),
         load_lender_keys(built.directory / "north-bank" / "keys").node,
         app=None,
         state_path=built.directory / "ahead.json",

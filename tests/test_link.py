@@ -63,14 +63,14 @@ def test_this_is_the_flower_that_the_contract_is_with():
 
 @pytest.mark.parametrize("path", ["/v1/enrol", "/v1/enrol/root"])
 def test_enrolment_is_ours_and_never_reaches_flower(superlink, path):
-    assert ask(link.FleetOnly(superlink, enrolment, lambda _: True), "GET", path).status_code == 299
+    assert ask(link.FleetOnly(superlink, enrolment, lambda *_: True), "GET", path).status_code == 299
 
 
 def test_the_fleet_api_is_passed_on_and_wants_a_signature(superlink):
     body = ActivateNodeRequest(public_key=b"x", heartbeat_interval=10).SerializeToString()
     headers = {"content-type": "application/x-protobuf", "accept": "application/x-protobuf"}
     answer = ask(
-        link.FleetOnly(superlink, enrolment, lambda _: True),
+        link.FleetOnly(superlink, enrolment, lambda *_: True),
         "POST",
         "/v1/fleet/activate-node",
         content=body,
@@ -93,7 +93,7 @@ def test_the_fleet_api_is_passed_on_and_wants_a_signature(superlink):
 )
 def test_the_public_door_knows_nothing_else(superlink, path):
     for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
-        assert ask(link.FleetOnly(superlink, enrolment, lambda _: True), method, path).status_code == 404
+        assert ask(link.FleetOnly(superlink, enrolment, lambda *_: True), method, path).status_code == 404
 
 
 def test_a_stranger_is_turned_away_before_its_body_is_read(superlink):
@@ -110,7 +110,7 @@ def test_a_stranger_is_turned_away_before_its_body_is_read(superlink):
         for part in body():
             yield part
 
-    door = link.FleetOnly(superlink, enrolment, lambda _: False)
+    door = link.FleetOnly(superlink, enrolment, lambda *_: False)
     answer = ask(door, "POST", "/v1/fleet/push-object", content=stream())
     assert answer.status_code == 401
 
@@ -133,7 +133,7 @@ def test_a_body_beyond_the_bound_is_refused_by_its_length_and_cut_when_it_hid_it
         for _ in range(1000):
             yield b"x" * 1000
 
-    door = link.FleetOnly(counting, enrolment, lambda _: True)
+    door = link.FleetOnly(counting, enrolment, lambda *_: True)
     assert ask(door, "POST", "/v1/fleet/push-object", content=b"x" * 20_000).status_code == 413
     assert seen == 0
     ask(door, "POST", "/v1/fleet/push-object", content=endless())

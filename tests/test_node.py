@@ -127,6 +127,7 @@ def node_with(tmp_path, recorder_content, lender):
     node = Node(
         ADDRESS,
         tmp_path / "ca.pem",
+        (tmp_path / "certificate.pem", tmp_path / "tls.key"),
         ec.generate_private_key(ec.SECP384R1()),
         make_app(lender),
         state_path=tmp_path / "node.json",
