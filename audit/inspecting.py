@@ -24,6 +24,7 @@ from fedfin.audit.proving import PROOF_FORMAT, verify_proof
 from fedfin.audit.reading import open_log
 from fedfin.audit.run_checking import LOG, check_run
 from fedfin.audit.run_record import read_run
+from fedfin.audit.sealing import MANIFEST, RunSeal, is_sealed, read_seal
 from fedfin.errors import AuditError
 
 __all__ = ["Inspection", "Kind", "anchors_of", "inspect", "origin_of"]
@@ -247,6 +248,8 @@ def _inspect_log(path: Path, trust: Trust, found: Inspection, progress: Progress
 
 
 def _inspect_run(path: Path, prefix: str, trust: Trust, found: Inspection, progress: Progress | None) -> None:
+    found.where = f"{prefix}{MANIFEST}"
+    seal = _read_seal(path, found)
     found.where = f"{prefix}run.json"
     record = read_run(path)
     found.where = f"{prefix}{ROSTER}"
@@ -264,7 +267,36 @@ def _inspect_run(path: Path, prefix: str, trust: Trust, found: Inspection, progr
     )
     if found.ok:
         found.checked += check_run(record, path / LOG, membership)
+        found.where = f"{prefix}{MANIFEST}"
+        _check_seal(seal, record.job, _keys_of(path / LOG))
         found.where = ""
+
+
+def _read_seal(path: Path, found: Inspection) -> RunSeal:
+    if not is_sealed(
+        path
+    ):  # its copy of the log comes with the seal, so a run without one has nothing to hold on to
+        what = "the run is not sealed"
+        raise FoundError(
+            None, what, "it has not ended yet, or its seal was taken away: ask for the sealed run"
+        )
+    seal = read_seal(path)
+    found.checked.append(
+        Check(
+            "seal",
+            f"{seal.num_files} files of the run are those that were sealed by the key {seal.signed_by}",
+        )
+    )
+    return seal
+
+
+def _check_seal(seal: RunSeal, job: str, keys: set[str]) -> None:
+    if seal.signed_by not in keys:
+        what = f"the run is sealed by the key {seal.signed_by}, which is not the coordinator's"
+        raise FoundError(None, what, "somebody else sealed it: ask the coordinator for its own")
+    if seal.job != job:
+        what = f"the seal is of the job {seal.job}, and the run is {job}"
+        raise FoundError(None, what, CHANGED)
 
 
 def _tell_membership(membership: Membership | None, found: Inspection) -> None:

@@ -91,10 +91,11 @@ def demo(
                 stop=stop,
             )
         report = write_report(result)
+        pack = _write_pack(result)
         if json_out:
-            print_json(result.to_json())
+            print_json({**result.to_json(), "evidence": str(pack)})
         else:
-            _show(result, report)
+            _show(result, report, pack)
 
     guarded(work, json_out=json_out, debug=debug)
 
@@ -174,7 +175,16 @@ def _say_how_summed(plan: "JobPlan", num_lenders: int) -> None:
         )
 
 
-def _show(result: "DemoResult", report: Path) -> None:
+def _write_pack(result: "DemoResult") -> Path:
+    """Write the run's evidence pack beside the report, with the gains that only a simulation knows."""
+    from fedfin.audit.evidence import Gain
+    from fedfin.cli_report import make_pack
+
+    gains = [Gain(lender.name, *lender.gain) for lender in result.lenders]
+    return make_pack(result.run, result.directory / "evidence", gains=gains, is_simulated=True).path
+
+
+def _show(result: "DemoResult", report: Path, pack: Path) -> None:
     from fedfin.simulation.report import how_summed
 
     guarantee = "no privacy" if result.epsilon is None else f"epsilon {result.epsilon:g}, delta 1e-5"
@@ -213,7 +223,9 @@ def _show(result: "DemoResult", report: Path) -> None:
     first = result.directory / "lenders" / result.lenders[0].name / "bank.yaml"
     coordinator = result.directory / "coordinator" / "federation.yaml"
     say(f"report: {report}")
+    say(f"evidence: {pack} (to read: {pack / 'report.html'})")
     say("try next:")
+    say(f"    fedfin audit verify {pack}")
     say(f"    fedfin client status --config {first}")
     say(f"    fedfin client check --config {first}")
     say(f"    fedfin server status --config {coordinator}")

@@ -19,6 +19,7 @@ from fedfin.audit.events import (
     Service,
 )
 from fedfin.audit.log import AuditLog
+from fedfin.audit.sealing import seal_run
 from fedfin.identity import key_fingerprint, private_pem
 from fedfin.plan import JobPlan
 
@@ -154,8 +155,8 @@ def cosigned(log: AuditLog, cosigners=MEMBERS) -> str:
     return log.note(parse_checkpoint(note).size)
 
 
-def run_directory(folder: Path, source: Path | None = None, *, roster=None) -> Path:
-    """A finished run's directory at the coordinator, with a copy of its log, its roster and the root."""
+def run_directory(folder: Path, source: Path | None = None, *, roster=None, key=None) -> Path:
+    """A finished run's directory at the coordinator, sealed, with its log, its roster and the root."""
     source = source or federation_log(folder / "fed")
     run = folder / "runs" / JOB
     (run / "model").mkdir(parents=True)
@@ -190,4 +191,5 @@ def run_directory(folder: Path, source: Path | None = None, *, roster=None) -> P
     (run / "audit.db").write_bytes((source / "audit.db").read_bytes())
     (run / "ca.pem").write_bytes(authority().root.public_bytes(Encoding.PEM))
     (run / "roster.json").write_text((roster or founded(MEMBERS)).to_json())
+    seal_run(run, JOB, key or coordinator().key)
     return run

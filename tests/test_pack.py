@@ -60,7 +60,7 @@ def test_a_pack_holds_the_run_and_what_to_read_and_passes(made, folder):
     assert {path.name for path in run.iterdir()} == {path.name for path in (folder / "run").iterdir()}
     found = inspect(folder, ROOT)
     assert (found.wrong, found.notes, found.log.anchored.by) == (None, [], MEMBERS)
-    assert [check.what for check in found.checked][:2] == ["manifest", "roster"]
+    assert [check.what for check in found.checked][:3] == ["manifest", "seal", "roster"]
     assert "run" in {check.what for check in found.checked}
 
 

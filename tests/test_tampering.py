@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from fedfin.audit.events import CheckpointSeen, RoundCompleted, Service
 from fedfin.audit.log import AuditLog
 from fedfin.audit.reading import open_log
+from fedfin.audit.sealing import seal_run
 from fedfin.cli import app
 from fedfin.identity import create_identity_key
 from fedfin.roster_chain import RosterChain
@@ -27,6 +28,9 @@ def verify(path, *options, trust=ROOT):
 
 
 def wrong(path, *options, trust=ROOT):
+    """What verify says of evidence that its owner itself changed, and sealed again."""
+    if (path / "run.json").exists():
+        seal_run(path, JOB, coordinator().key)
     document = verify(path, *options, trust=trust)
     assert not document["ok"]
     return document["wrong"]["what"]
@@ -79,6 +83,25 @@ def test_what_nobody_touched_passes(fed, run):
         "run",
     }
     assert verify(fed, trust=founded(MEMBERS).statement.fingerprint)["ok"]
+
+
+def test_a_file_of_a_sealed_run(run):
+    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        told = verify(run)["wrong"]
+        assert path.name in told["what"], told
+        path.write_bytes(content)
+    (run / "more.txt").write_text("x")
+    assert "more.txt was added" in verify(run)["wrong"]["what"]
+    (run / "more.txt").unlink()
+    (run / "manifest.json").unlink()
+    assert "not sealed" in verify(run)["wrong"]["what"]
+
+
+def test_a_run_that_somebody_else_sealed(tmp_path, fed):
+    told = verify(run_directory(tmp_path, fed, key=create_identity_key()))["wrong"]
+    assert "not the coordinator's" in told["what"]
 
 
 def test_an_entry_that_was_changed(run):
