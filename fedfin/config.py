@@ -11,10 +11,22 @@ from fedfin.invitation import LENDER_NAME_PATTERN
 from fedfin.lender_policy import LenderPolicy
 from fedfin.plan import JobPlan, Section
 
-__all__ = ["DataSource", "FederationConfig", "HoldoutConfig", "LenderConfig", "LenderPolicy"]
+__all__ = ["DataSource", "EvidenceConfig", "FederationConfig", "HoldoutConfig", "LenderConfig", "LenderPolicy"]
 
 
 _ADDRESS = r"^[A-Za-z0-9_.:\[\]-]+:[0-9]{1,5}$"
+
+
+class EvidenceConfig(Section):
+    """What the coordinator keeps beyond the log, for those who check it."""
+
+    keep_transcripts: bool = Field(
+        default=False,
+        description=(
+            "Keep all that the coordinator sees of each secure sum in the run directory, so that `fedfin audit replay`"
+            " can do it again: 4 bytes for each lender and value of the vector, and about 700 for each pair of lenders."
+        ),
+    )
 
 
 class FederationConfig(Section):
@@ -35,6 +47,9 @@ class FederationConfig(Section):
     schema_path: str = Field(
         default="schema.yaml",
         description="The federation's schema: the columns that every lender maps its own to.",
+    )
+    evidence: EvidenceConfig = Field(
+        default_factory=EvidenceConfig, description="What is kept for those who check a run."
     )
     job: JobPlan = Field(default_factory=JobPlan, description="The job that `fedfin server` runs.")
 

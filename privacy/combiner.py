@@ -16,7 +16,7 @@ itself: who gives its shares back cannot alter what it committed to. All such ar
 """
 
 from collections.abc import Container, Mapping, Sized
-from typing import Final, final
+from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -36,7 +36,6 @@ __all__ = ["Combiner"]
 _ANY_KEY: Final = private_key(bytes(32))  # clamped: its exchange fails for keys of low order only
 
 
-@final
 class Combiner:
     """The coordinator in one secure sum.
 

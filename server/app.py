@@ -44,6 +44,7 @@ from fedfin.server.registry import RunDirectory
 from fedfin.server.roster import Checkpoint, FederationStore, Job
 from fedfin.server.rounds import run_job
 from fedfin.server.sealing import seal_finished
+from fedfin.server.transcripts import Transcripts
 from fedfin.server.witnessing import WitnessedExchange
 from fedfin.update import Message, Refused, decode, encode
 from fedfin.wire import MESSAGE_TYPES, from_record, pull_soon, to_record
@@ -347,6 +348,7 @@ def _run_logged(
         release=release,
         judged=directory.judge,
         say=say,
+        transcripts=Transcripts(directory.path) if federation.config.evidence.keep_transcripts else None,
     )
     recorder.take({"event": "completed"})
 

@@ -28,6 +28,7 @@ from fedfin.server.roster import Checkpoint, FederationStore, Job
 from fedfin.server.roster_signing import RosterBook, RosterSigning
 from fedfin.server.stages import JobStages
 from fedfin.server.summing import CohortSums, Stage, SumLostError, Summing, SumShortError, Upcoming
+from fedfin.server.transcripts import Transcripts
 from fedfin.server.unmasking import JobContext, SecureSums
 
 __all__ = ["run_job"]
@@ -49,6 +50,7 @@ def run_job(
     release: Callable[[Checkpoint], None],
     judged: Callable[[Mapping[str, Any]], None],
     say: Say,
+    transcripts: Transcripts | None = None,
 ) -> Checkpoint:
     """Run a job to its end and send every lender the model.
 
@@ -63,6 +65,7 @@ def run_job(
             the same model where the coordinator was killed in between.
         judged: Keeps the figures of an evaluation, of sums only; JSON.
         say: Told of every step.
+        transcripts: Where secure sums are kept so that they can be done again; None keeps none.
 
     Returns:
         The last checkpoint: the released model.
@@ -71,7 +74,7 @@ def run_job(
         QuorumError: So many lenders refused that the quorum cannot be met, or a sum was lost and the cohort that alone
             may be asked again did not come back.
     """
-    runner = _Runner(exchange, store, job, plan, schema, identity, judged, say)
+    runner = _Runner(exchange, store, job, plan, schema, identity, judged, say, transcripts)
     if job.status == "running":
         checkpoint = runner.train()
         release(checkpoint)
@@ -95,7 +98,9 @@ class _Runner:
         identity: CoordinatorIdentity,
         judged: Callable[[Mapping[str, Any]], None],
         say: Say,
+        transcripts: Transcripts | None,
     ) -> None:
+        self._transcripts = transcripts
         self._exchange = exchange
         self._store = store
         self._job_id = job.job_id
@@ -344,6 +349,7 @@ class _Runner:
             say=self._say,
             refuse=self._gathering.refuse,
             wait=self._gathering.wait,
+            transcripts=self._transcripts,
         )
 
 
@@ -358,6 +364,8 @@ def _report(sums: CohortSums) -> dict[str, Any]:
         "missing": dict(sums.missing),
         "seconds": round(sums.seconds, 4),
     }
+    if sums.transcript is not None:
+        report["transcript"] = sums.transcript
     if sums.answer_bytes:
         report |= {
             "failed_after": dict(sums.failed_after),

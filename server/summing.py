@@ -118,6 +118,7 @@ class CohortSums:
         seconds: From the first question to the sum.
         exchanges: Questions that each lender was asked for this sum alone.
         answer_bytes: Length of one lender's packed vector; 0 in clear.
+        transcript: SHA-256 of what was kept of a secure sum; None where nothing was.
         singles: The lenders' own parts, where the stage wanted them.
     """
 
@@ -129,6 +130,7 @@ class CohortSums:
     seconds: float
     exchanges: int
     answer_bytes: int = 0
+    transcript: str | None = None
     singles: Mapping[str, Parts] = field(default_factory=dict[str, Parts], repr=False)
 
 

@@ -34,6 +34,7 @@ from fedfin.server.exchange import Exchange
 from fedfin.server.jobs import Say
 from fedfin.server.roster import LEFT_OUT, AskedSum, FederationStore
 from fedfin.server.summing import CohortSums, Stage, SumLostError, SumShortError, Upcoming
+from fedfin.server.transcripts import RecordedCombiner, Transcripts
 from fedfin.update import (
     Advertised,
     Confirm,
@@ -107,6 +108,7 @@ class SecureSums:
         say: Say,
         refuse: Callable[[str, str], None],
         wait: Callable[[str, Refused], None],
+        transcripts: Transcripts | None = None,
     ) -> None:
         """Prepare.
 
@@ -118,6 +120,7 @@ class SecureSums:
             refuse: Told of a lender whose part in the job ends, and why: it refused for another reason than a rule of
                 the sum, or dealt shares that do not open or give no secret.
             wait: Told of a lender that says not yet: it stays in the job.
+            transcripts: Where what is seen of each sum is kept; None keeps nothing.
         """
         self._exchange = exchange
         self._store = store
@@ -125,6 +128,7 @@ class SecureSums:
         self._say = say
         self._refuse = refuse
         self._wait = wait
+        self._transcripts = transcripts
         self._roster_digest = roster_digest(job.roster)
         self._prepared: _Sum | None = None
 
@@ -156,6 +160,7 @@ class SecureSums:
             raise SumLostError(str(error), run.failures) from None
         self._prepared = next_run
         survivors = run.combiner.survivors
+        transcript = run.combiner.keep() if isinstance(run.combiner, RecordedCombiner) else None
         return CohortSums(
             parts=run.layout.decode(total),
             survivors=tuple(sorted(survivors)),
@@ -165,6 +170,7 @@ class SecureSums:
             seconds=time.monotonic() - started,
             exchanges=run.exchanges,
             answer_bytes=run.layout.size * run.layout.ring_bits // 8,
+            transcript=transcript,
         )
 
     # The five exchanges
@@ -355,7 +361,8 @@ class SecureSums:
             layout=layout.digest(),
             threshold=threshold_of(len(names)),
         )
-        return _Sum(context, layout, Combiner(context, self._job.roster, layout.size))
+        make = Combiner if self._transcripts is None else self._transcripts.record
+        return _Sum(context, layout, make(context, self._job.roster, layout.size))
 
     def _taken(self, stage: Stage, names: Sequence[str]) -> _Sum | None:
         """Return what was prepared for this stage along with the one before, if all of it fits."""

@@ -9,7 +9,8 @@ import pytest
 import rosters
 from lender_log import logged
 from lenders import ROOT, lender_folder, schema
-from secure_house import Killed, SecureHouse, hurry, job_of
+from secure_house import Killed, hurry, job_of
+from witnessed_house import ORIGIN, WitnessedHouse
 
 from fedfin.audit.checkpoint import NoteKey, cosign, parse_checkpoint, verify_note
 from fedfin.audit.consents import verify_answer
@@ -28,7 +29,7 @@ from fedfin.audit.events import (
 )
 from fedfin.audit.events import Seal as SealEvent
 from fedfin.audit.log import AuditLog
-from fedfin.audit.origins import COORDINATOR, coordinator_origin
+from fedfin.audit.origins import COORDINATOR
 from fedfin.audit.reading import open_log
 from fedfin.audit.sealing import read_seal
 from fedfin.client.folder import LenderFolder
@@ -38,17 +39,11 @@ from fedfin.errors import AuditError, ConfigError
 from fedfin.identity import create_identity_key
 from fedfin.plan import JobPlan
 from fedfin.privacy.sum_context import threshold_of
-from fedfin.server.jobs import choose_job
 from fedfin.server.journal import Journal
-from fedfin.server.recording import Recorder
-from fedfin.server.rounds import run_job
 from fedfin.server.sealing import seal_finished
-from fedfin.server.witnessing import WitnessedExchange
-from fedfin.update import Accepted, Done, Finish, Propose, Refused, decode, encode, with_witness
+from fedfin.update import Accepted, Done, Finish, Propose, Refused, decode, encode
 from fedfin.witness import Shown, Witnessed
 
-FINGERPRINT = rosters.authority().fingerprint
-ORIGIN = coordinator_origin("test", FINGERPRINT)
 PLAN = JobPlan.model_validate(
     {
         "aggregation": "plain",
@@ -283,79 +278,6 @@ def test_a_refusal_and_a_receipt_are_signed_by_the_lenders_identity_key(lender, 
 # A coordinator and its lenders
 
 
-class WitnessedHouse(SecureHouse):
-    """The house with the federation's log, and lenders that are shown nothing but by it."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.shown_to = lambda name, text: text
-        self.said_by = lambda name, text: text
-        for lender in self.lenders.values():
-            lender.__class__ = Lender  # no test's coordinator in between
-        self.log_path = self.directory / "audit.db"
-        key = rosters.coordinator().key
-        AuditLog.create(self.log_path, origin=ORIGIN, actor=COORDINATOR, key=key, side="coordinator").close()
-
-    def restart(self, name):
-        super().restart(name)
-        self.lenders[name].__class__ = Lender
-
-    def ask(self, requests, expected, **options):
-        fold = options.pop("fold", None)
-        carried = {
-            name: decode(with_witness(encode(one), self.shown_to(name, one.witness)), type(one))
-            for name, one in requests.items()
-        }
-        answers_of = self.spoil
-
-        def spoil(name, reply):
-            reply = answers_of(name, reply)
-            return decode(with_witness(encode(reply), self.said_by(name, reply.witness)), type(reply))
-
-        self.spoil = spoil
-        try:
-            return super().ask(carried, expected, fold=fold, **options)
-        finally:
-            self.spoil = answers_of
-
-    def run(self, plan, *, new_job=False):
-        with AuditLog.open(self.log_path, key=rosters.coordinator().key) as log:
-            journal = Journal(log)
-            recorder = Recorder(journal, "0" * 64)
-            job = choose_job(self.store, plan, new_job=new_job, say=self.say)
-            recorder.begin(job, plan, self.store.weights(job.job_id))
-
-            def say(event):
-                recorder.take(event)
-                self.say(event)
-
-            witnessed = WitnessedExchange(
-                self, journal, members=self.store.members, statement=rosters.coordinator().statement, say=say
-            )
-            return run_job(
-                witnessed,
-                self.store,
-                job,
-                plan,
-                schema(),
-                identity=rosters.coordinator(),
-                release=lambda final: say(
-                    {"event": "released", "model": final.fingerprint, "rounds": final.round}
-                ),
-                judged=self.judged.append,
-                say=say,
-            )
-
-    def log(self):
-        return AuditLog.open(self.log_path, key=rosters.coordinator().key)
-
-    def entries(self, kind):
-        return logged(self.directory, kind)
-
-    def witnesses(self):
-        return {name: LenderFolder(bank).keys().witness.public_key() for name, bank in self.banks.items()}
-
-
 @pytest.fixture
 def house(tmp_path, monkeypatch):
     hurry(monkeypatch)
@@ -403,7 +325,13 @@ def test_a_finished_run_is_sealed_with_its_log_and_whatever_is_changed_in_it_is_
     run = runs / job.job_id
     seal = read_seal(run)
     assert (seal.job, seal.signed_by) == (job.job_id, rosters.coordinator().statement.fingerprint)
-    assert {path.name for path in run.iterdir()} == {"audit.db", "ca.pem", "manifest.json", "model", "roster.json"}
+    assert {path.name for path in run.iterdir()} == {
+        "audit.db",
+        "ca.pem",
+        "manifest.json",
+        "model",
+        "roster.json",
+    }
     with open_log(run / "audit.db") as copy:
         assert not copy.unmerged
         assert copy.latest_checkpoint() == copy.note(copy.size)
