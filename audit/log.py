@@ -22,13 +22,12 @@ from fedfin.audit import merkle
 from fedfin.audit.checkpoint import (
     Checkpoint,
     NoteKey,
-    add_signatures,
-    parse_checkpoint,
     sign,
     signature_lines,
     verify_note,
 )
-from fedfin.audit.entry import event_json, parse_leaf, signed_leaf, utc_now
+from fedfin.audit.ending import check_ending
+from fedfin.audit.entry import event_json, parse_leaf, signed_leaves, utc_now
 from fedfin.audit.events import Event, Pruned, Rotation, Side, UnknownEvent
 from fedfin.audit.logfile import connect, create_file
 from fedfin.audit.reading import LogReader
@@ -83,7 +82,7 @@ class AuditLog(LogReader):
         self._key = key
         self._queue = _Queue()
         self._tail = _Tail(-1, [])
-        self._check_tail()
+        check_ending(self, key.public_key())
 
     @classmethod
     def create(cls, path: Path, *, origin: str, actor: str, key: Ed25519PrivateKey, side: Side) -> Self:
@@ -207,24 +206,14 @@ class AuditLog(LogReader):
             AuditError: A line is of none of the witnesses, or does not verify; nothing is stored.
         """
         with self._lock:
-            rows = self._rows("SELECT note FROM checkpoint WHERE size = ?", size)
-            note = add_signatures(rows[0][0] if rows else self.note(size), lines)
-            named = signature_lines(note)[1:]
-            keys = {name: NoteKey("cosigner", key) for name, key in witnesses.items()}
-            by = verify_note(note, keys).by if named else {}
-            strangers = sorted({name for name, _ in named} - by.keys())
-            if strangers:
-                msg = (
-                    f"{', '.join(strangers)} cosigned with a key that is not in the roster; ask for lines"
-                    " by the witness keys of the members"
-                )
-                raise AuditError(msg)
+            note = self.note(size)
+            checked = [_cosignature(note, line, witnesses) for line in lines]
             with self._transaction():
                 self._db.executemany(
                     "INSERT OR IGNORE INTO cosignature VALUES (?, ?, ?)",
-                    [(size, name, line) for name, line in named],
+                    [(size, name, line) for name, _, line in checked],
                 )
-            return {name: time for name, time in by.items() if time is not None}
+            return {name: time for name, time, _ in checked}
 
     def copy_to(self, path: Path) -> None:
         """Write a copy of the log as it is now: one file, whole or not at all; an existing file is replaced.
@@ -344,7 +333,6 @@ class AuditLog(LogReader):
                 ticket.error, ticket.done = failure, True
 
     def _insert(self, tail: _Tail, texts: Sequence[str]) -> None:
-        now = utc_now()
         leaves: list[tuple[int, bytes]] = []
         bodies: list[tuple[int, bytes]] = []
         nodes: list[tuple[int, int, bytes]] = []
@@ -352,13 +340,13 @@ class AuditLog(LogReader):
         def write(level: int, index: int, found: bytes) -> None:
             nodes.append((level, index, found))
 
-        for text in texts:
-            body = signed_leaf(tail.size, now, self.actor, text, key=self._key, origin=self.origin)
+        signed = signed_leaves(tail.size, utc_now(), self.actor, texts, key=self._key, origin=self.origin)
+        for index, body in enumerate(signed, tail.size):
             leaf = merkle.leaf_hash(body)
-            bodies.append((tail.size, body))
-            leaves.append((tail.size, leaf))
-            merkle.grow(tail.edge, tail.size, leaf, write)
-            tail.size += 1
+            bodies.append((index, body))
+            leaves.append((index, leaf))
+            merkle.grow(tail.edge, index, leaf, write)
+        tail.size += len(bodies)
         self._db.executemany("INSERT INTO entry VALUES (?, ?)", leaves)
         self._db.executemany("INSERT INTO body VALUES (?, ?)", bodies)
         self._db.executemany("INSERT INTO node VALUES (?, ?, ?)", nodes)
@@ -390,7 +378,7 @@ class AuditLog(LogReader):
                     " owner"
                 )
                 raise AuditError(msg)
-            return _Tail(size, merkle.edge(self._node, size))
+            return _Tail(size, merkle.edge(self.node, size))
         return _Tail(size, list(self._tail.edge))
 
     def _roll_back(self) -> None:
@@ -413,47 +401,19 @@ class AuditLog(LogReader):
             msg = f"no entries of {self.path} are named; nothing is erased"
             raise AuditError(msg)
 
-    def _check_tail(self) -> None:
-        """Check what is cheap to check: the end of the log against its tree, its key and its last checkpoint."""
-        size = self.size
-        tail = _Tail(size, merkle.edge(self._node, size))
-        if self.public_key.public_bytes_raw() != self._key.public_key().public_bytes_raw():
-            msg = f"the key is not the one that signs {self.path}; open the log with the key of its owner"
-            raise AuditError(msg)
-        start = 0
-        for level in reversed(range(size.bit_length())):
-            if size >> level & 1:
-                self._check_right_side(level, start >> level)
-                start += 1 << level
-        if size:
-            body = self.body(size - 1)
-            if body is not None and merkle.leaf_hash(body) != self._node(0, size - 1):
-                raise self._broken(f"entry {size - 1} is not what its hash says")
-        rows = self._rows("SELECT size, note FROM checkpoint ORDER BY size DESC LIMIT 1")
-        if rows and rows[0][0] > size:
-            raise self._broken(f"it signed a checkpoint of {rows[0][0]} entries and holds {size}")
-        if rows and parse_checkpoint(rows[0][1]).root != self.root(rows[0][0]):
-            raise self._broken(f"its tree is not the one of its checkpoint of {rows[0][0]} entries")
-        beyond = self._rows("SELECT count(*) FROM node WHERE level = 1 AND idx >= ?", size // 2)[0][0]
-        if beyond or self._rows("SELECT 1 FROM body WHERE idx >= ? LIMIT 1", size):
-            raise self._broken("it holds parts of entries that are gone")
-        self._tail = tail
-
-    def _check_right_side(self, level: int, index: int) -> None:
-        """Hold a complete subtree against its right side, down to the last leaf."""
-        while level:
-            children = self._node(level - 1, 2 * index), self._node(level - 1, 2 * index + 1)
-            if merkle.node_hash(*children) != self._node(level, index):
-                raise self._broken(f"hash {index} of level {level} does not fit those below it")
-            level, index = level - 1, 2 * index + 1
-
-    def _broken(self, what: str) -> AuditError:
-        return AuditError(
-            f"{self.path}: {what}; it was changed or restored from an older copy: see `fedfin audit verify`, and tell"
-            " those who cosign it"
-        )
-
     def _failed(self, error: sqlite3.Error | OSError) -> AuditError:
         return AuditError(
             f"{self.path} cannot be written ({error}); free the disk or mend the folder: nothing goes on unlogged"
         )
+
+
+def _cosignature(note: str, line: str, witnesses: Mapping[str, Ed25519PublicKey]) -> tuple[str, int, str]:
+    """Return the name, time and text of a witness's line that holds for the note."""
+    body = note[: note.rfind("\n\n") + 2]
+    named = signature_lines(body + line)
+    name = named[0][0]
+    if len(named) != 1 or name not in witnesses:
+        msg = f"a cosignature by {name} is not a line by a member of the roster; ask the members for theirs"
+        raise AuditError(msg)
+    time = verify_note(body + line, {name: NoteKey("cosigner", witnesses[name])}).by[name]
+    return name, time or 0, line
