@@ -6,12 +6,12 @@ Used where a log is not a database: in exports and in proofs of single entries.
 from collections.abc import Mapping
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from fedfin.audit.findings import CHANGED, REWRITTEN, FoundError
-from fedfin.audit.verifying import Check, Report, Trust
 
 from fedfin.audit.checkpoint import NoteKey, fingerprint, verify_note
 from fedfin.audit.entry import Entry, parse_leaf
 from fedfin.audit.events import Rotation
+from fedfin.audit.findings import CHANGED, REWRITTEN, FoundError
+from fedfin.audit.verifying import Check, Report, Trust
 from fedfin.errors import AuditError
 
 __all__ = ["Signers", "check_note"]

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from fedfin.audit.findings import CUT, FoundError, Wrong
-from fedfin.audit.verifying import Anchored, Check, Report, Trust
 
 from fedfin.audit import merkle
 from fedfin.audit.checking import Signers, check_note
 from fedfin.audit.checkpoint import parse_checkpoint
 from fedfin.audit.entry import canonical_json, parse_leaf
 from fedfin.audit.events import Pruned
+from fedfin.audit.findings import CUT, FoundError, Wrong
 from fedfin.audit.reading import LogReader
+from fedfin.audit.verifying import Anchored, Check, Report, Trust
 from fedfin.errors import AuditError
 from fedfin.files import write_public
 

@@ -11,13 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from fedfin.audit.findings import CHANGED, FoundError, Wrong
-from fedfin.audit.verifying import Check, Report, Trust, verify_log
-
 from fedfin.audit.checkpoint import fingerprint, parse_checkpoint
 from fedfin.audit.events import CheckpointSeen
 from fedfin.audit.exporting import EXPORT_FORMAT, verify_export
-from fedfin.audit.membership import ROSTER, Membership, read_membership
+from fedfin.audit.findings import CHANGED, FoundError, Wrong
+from fedfin.audit.membership import ROSTER, Membership, read_membership, stated_coordinator
 from fedfin.audit.pack import RUN_FOLDER
 from fedfin.audit.pack_files import read_manifest, unzip_pack
 from fedfin.audit.proving import PROOF_FORMAT, verify_proof
@@ -25,6 +23,7 @@ from fedfin.audit.reading import open_log
 from fedfin.audit.run_checking import LOG, check_run
 from fedfin.audit.run_record import read_run
 from fedfin.audit.sealing import MANIFEST, RunSeal, is_sealed, read_seal
+from fedfin.audit.verifying import Check, Report, Trust, verify_log
 from fedfin.errors import AuditError
 
 __all__ = ["Inspection", "Kind", "anchors_of", "inspect", "origin_of"]
@@ -242,6 +241,9 @@ def _inspect_log(path: Path, trust: Trust, found: Inspection, progress: Progress
         found.where = ROSTER
         membership = read_membership(path.parent, trust.fingerprints)
         _tell_membership(membership, found)
+        if membership is None:  # the coordinator's own folder: the root states its key
+            stated = {stated_coordinator(path.parent, one) for one in trust.fingerprints} - {None}
+            trust = replace(trust, fingerprints=trust.fingerprints | {one for one in stated if one})
     found.where = path.name
     # A federation that has only begun has no final checkpoint, and nothing is wrong with that.
     found.take(verify_log(path, _trust_of(trust, membership, 0), progress=progress), path.name)

@@ -11,16 +11,18 @@ from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from fedfin.audit.findings import FoundError
 
+from fedfin.audit.findings import FoundError
+from fedfin.coordinator_key import CoordinatorStatement
 from fedfin.errors import LinkError, ProtocolRefusalError
 from fedfin.identity import fingerprint_of
 from fedfin.roster_chain import RosterChain
 
-__all__ = ["ROOT", "ROSTER", "Membership", "read_membership"]
+__all__ = ["ROOT", "ROSTER", "Membership", "read_membership", "stated_coordinator"]
 
 ROOT: Final = "ca.pem"
 ROSTER: Final = "roster.json"
+STATEMENT: Final = "coordinator.json"
 
 _FORGED: Final = "members were invented, or a signature is forged: rely on no checkpoint that they cosigned"
 
@@ -85,6 +87,27 @@ def read_membership(folder: Path, trusted: frozenset[str]) -> Membership | None:
             f" {len(last.members)} members; the root is {found}"
         ),
     )
+
+
+def stated_coordinator(folder: Path, root_fingerprint: str) -> str | None:
+    """Return the fingerprint of the coordinator's key that this root states; None where the folder does not hold it.
+
+    Raises:
+        FoundError: The statement is not signed by the root that lies beside it.
+    """
+    if not (folder / STATEMENT).exists() or not (folder / ROOT).exists():
+        return None
+    try:
+        root = x509.load_pem_x509_certificate((folder / ROOT).read_bytes())
+        if fingerprint_of(root) != root_fingerprint:
+            return None
+        statement = CoordinatorStatement.from_json(
+            (folder / STATEMENT).read_text(encoding="utf-8").rstrip("\n")
+        )
+        statement.verify(root, statement.federation)
+    except (LinkError, ProtocolRefusalError, OSError, ValueError) as error:
+        raise FoundError(None, f"{STATEMENT}: {error}", _FORGED) from error
+    return statement.fingerprint
 
 
 def _identities(chain: RosterChain) -> dict[str, tuple[Ed25519PublicKey, ...]]:

@@ -21,10 +21,10 @@ from typing import Any, Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from fedfin.audit.findings import FoundError
 
 from fedfin.audit.checkpoint import fingerprint
 from fedfin.audit.entry import canonical_json
+from fedfin.audit.findings import FoundError
 from fedfin.errors import AuditError
 from fedfin.files import write_public
 

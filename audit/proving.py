@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from fedfin.audit.findings import FoundError, Wrong
-from fedfin.audit.verifying import Anchored, Check, Report, Trust
 
 from fedfin.audit import merkle
 from fedfin.audit.checking import Signers, check_note
 from fedfin.audit.checkpoint import parse_checkpoint
 from fedfin.audit.entry import canonical_json
 from fedfin.audit.events import Rotation
+from fedfin.audit.findings import FoundError, Wrong
 from fedfin.audit.reading import LogReader
+from fedfin.audit.verifying import Anchored, Check, Report, Trust
 from fedfin.errors import AuditError
 
 __all__ = ["PROOF_FORMAT", "prove", "verify_proof"]

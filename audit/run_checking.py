@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from fedfin.audit.findings import FoundError
-from fedfin.audit.verifying import Check
 
 from fedfin.audit.consents import Answer, verify_answer
 from fedfin.audit.events import Candidate, Consent, Event, PlanProposed, Receipt, Release, RoundCompleted
+from fedfin.audit.findings import FoundError
 from fedfin.audit.membership import Membership
 from fedfin.audit.reading import open_log
 from fedfin.audit.run_record import RunRecord
+from fedfin.audit.verifying import Check
 from fedfin.errors import AuditError
 
 __all__ = ["LOG", "check_run"]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from fedfin import cli_audit_files, cli_audit_show
+from fedfin import cli_audit_files, cli_audit_replay, cli_audit_show
 from fedfin.cli_output import DebugOption, JsonOption, ProgressBar, console, guarded, print_json, say
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def verify(
 app.command(name="show", epilog=cli_audit_show.EPILOG)(cli_audit_show.show)
 app.command(name="prove", epilog=cli_audit_files.PROVE_EPILOG)(cli_audit_files.prove)
 app.command(name="export", epilog=cli_audit_files.EXPORT_EPILOG)(cli_audit_files.export)
+app.command(name="replay", epilog=cli_audit_replay.EPILOG)(cli_audit_replay.replay_command)
 app.command(name="prune", epilog=cli_audit_files.PRUNE_EPILOG)(cli_audit_files.prune)
 
 

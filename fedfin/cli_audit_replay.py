@@ -1,33 +1,42 @@
 """`fedfin audit replay`: do a round again from what was kept of it, and compare digests bit for bit."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from fedfin.cli_output import print_json
+from fedfin.cli_output import DebugOption, JsonOption, guarded, print_json, say
 
-__all__ = ["replay_command"]
+__all__ = ["EPILOG", "replay_command"]
+
+EPILOG: Final = "Example:  fedfin audit replay 3 --run fed/runs/credit-1a2b3c4d"
 
 
 def replay_command(
     number: Annotated[int, typer.Argument(metavar="ROUND", min=1, help="The round; its number in the job.")],
-    run: Annotated[Path, typer.Option(help="The run directory, with its transcripts.")],
-    *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    run: Annotated[
+        Path,
+        typer.Option("--run", help="The run directory, with its transcripts.", exists=True, file_okay=False),
+    ],
+    json_out: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Sum a round's masked vectors again and make the model after it, from the run's transcripts and nothing else.
 
     All rounds before it are done again too, since its question is their model. Exit 1 and the first difference where
     a sum, a question or a model is not the one that was logged.
     """
-    from dataclasses import asdict
 
-    from fedfin.server.replaying import replay
+    def work() -> None:
+        from dataclasses import asdict
 
-    done = replay(run, number)
-    if as_json:
-        print_json({**asdict(done), "survivors": list(done.survivors)})
-        return
-    typer.echo(f"round {done.round}: the sum of {len(done.survivors)} lenders is the logged one ({done.sum})")
-    typer.echo(f"the model after it is the logged one ({done.model}); {done.rounds} rounds were done again")
+        from fedfin.server.replaying import replay
+
+        done = replay(run, number)
+        if json_out:
+            print_json({**asdict(done), "survivors": list(done.survivors)})
+            return
+        say(f"round {done.round}: the sum of {len(done.survivors)} lenders is the logged one ({done.sum})")
+        say(f"the model after it is the logged one ({done.model}); {done.rounds} rounds were done again")
+
+    guarded(work, json_out=json_out, debug=debug)

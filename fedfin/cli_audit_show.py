@@ -160,6 +160,8 @@ def _word(value: Any, *, full: bool) -> str:  # noqa: ANN401  (any field of any 
         return text
     if _DIGEST.fullmatch(text):
         return text[:12]
+    if "\n" in text:  # a signed note: its size stands beside it
+        return "(whole with --full)"
     return " ".join(text.split()) if len(text) <= 200 else f"{' '.join(text[:199].split())}…"
 
 

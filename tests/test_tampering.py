@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 from evidence_house import JOB, MEMBERS, consent, cosigned, federation_log, run_directory
 from rosters import authority, coordinator, founded, keys_of, signed, version
 from typer.testing import CliRunner
@@ -102,6 +103,16 @@ def test_a_file_of_a_sealed_run(run):
 def test_a_run_that_somebody_else_sealed(tmp_path, fed):
     told = verify(run_directory(tmp_path, fed, key=create_identity_key()))["wrong"]
     assert "not the coordinator's" in told["what"]
+
+
+def test_the_root_s_fingerprint_leads_to_the_coordinator_s_key_in_its_own_folder(fed):
+    assert "not among those trusted" in verify(fed)["wrong"]["what"]
+    (fed / "ca.pem").write_bytes(authority().root.public_bytes(Encoding.PEM))
+    (fed / "coordinator.json").write_text(coordinator().statement.to_json())
+    assert verify(fed)["ok"]
+    text = (fed / "coordinator.json").read_text()
+    (fed / "coordinator.json").write_text(text.replace(coordinator().statement.key, "0" * 64))
+    assert "not signed by the federation's authority" in verify(fed)["wrong"]["what"]
 
 
 def test_an_entry_that_was_changed(run):
