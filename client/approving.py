@@ -33,9 +33,10 @@ def approve(folder: LenderFolder, change: Change, *, member: str | None = None) 
         msg = f"{name} is not in the proposed roster with the keys of this folder; ask the coordinator's operator"
         raise ConfigError(msg)
     digest = change.proposed.digest()
-    subject = "roster" if member is None else "member"
     # before the signature exists: what was not logged was not approved
-    folder.journal.write(Approval(subject=subject, member=member, digest=digest))
+    folder.journal.write(
+        Approval(subject="roster" if member is None else "member", member=member, digest=digest)
+    )
     kept = {**approvals(folder), digest: sign_version(change.proposed, keys.identity)}
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     write_public(folder.approved_roster_path, text.encode(), mode=0o600)

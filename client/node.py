@@ -143,7 +143,9 @@ class Node:
         # Flower's own way of building it takes no certificate of the client's.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=self._root.decode("ascii"))
-        context.load_cert_chain(*self._certificate)  # read again at each connection: it is renewed every few weeks
+        context.load_cert_chain(
+            *self._certificate
+        )  # read again at each connection: it is renewed every few weeks
         return FleetHttpClient(
             f"https://{self._address}",
             verify=context,

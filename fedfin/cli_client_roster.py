@@ -92,7 +92,9 @@ def rotate(
 
         folder = LenderFolder(chosen(context, config, _DEFAULT))
         rotate_keys(folder, leave_jobs=leave_jobs)
-        say(f"{folder.config.name} has new keys; the old ones are deleted. Back up {folder.directory}/keys again")
+        say(
+            f"{folder.config.name} has new keys; the old ones are deleted. Back up {folder.directory}/keys again"
+        )
 
     guarded(work, debug=debug)
 

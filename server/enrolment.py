@@ -113,7 +113,9 @@ class EnrolmentDesk:
         )
 
 
-def enrolment_app(desk: EnrolmentDesk, renewal: RenewalDesk) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+def enrolment_app(
+    desk: EnrolmentDesk, renewal: RenewalDesk
+) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
     """Return the ASGI application that answers `/v1/enrol/root` (GET) and `/v1/enrol`, `/rotate`, `/renew` (POST)."""
     answers: dict[str, Callable[[bytes], dict[str, str]]] = {
         "/v1/enrol": lambda body: desk.enrol(body).model_dump(),

@@ -221,7 +221,11 @@ async def _serve(federation: Federation, secret: str) -> None:
     renewal = RenewalDesk(federation.store, authority, book, config.federation, rotated)
     public = uvicorn.Server(
         uvicorn.Config(
-            FleetOnly(superlink, enrolment_app(desk, renewal), lambda header, shown: _is_member(members, header, shown)),
+            FleetOnly(
+                superlink,
+                enrolment_app(desk, renewal),
+                lambda header, shown: _is_member(members, header, shown),
+            ),
             log_level="error",
             access_log=False,
             timeout_graceful_shutdown=_GRACE_S,
@@ -261,7 +265,12 @@ async def _serve(federation: Federation, secret: str) -> None:
             raise LinkError(msg)
         await asyncio.sleep(0.02)
     assert public.config.ssl is not None  # noqa: S101  (it was given a certificate)
-    certificate = (federation.server_certificate_path, federation.server_key_path, federation.authority, config.address)
+    certificate = (
+        federation.server_certificate_path,
+        federation.server_key_path,
+        federation.authority,
+        config.address,
+    )
     threading.Thread(target=serve_renewed, args=(public.config.ssl, *certificate), daemon=True).start()
     _say({"inner": f"127.0.0.1:{inner_socket.getsockname()[1]}", "pid": os.getpid()})
     stopped = asyncio.create_task(stop.wait())

@@ -23,6 +23,7 @@ from fedfin.audit.events import (
     PlanProposed,
     Policy,
     Release,
+    RosterVersion,
     RoundCompleted,
     RoundLost,
     Service,
@@ -43,6 +44,8 @@ _ENDS_STAGE: Final = frozenset(
         "completed",
         "delivered",
         "evaluated",
+        "roster_complete",
+        "roster_proposed",
         "evaluation_lost",
         "bins_lost",
         "released",
@@ -172,6 +175,8 @@ class Recorder:
                 for name in event["lenders"]:
                     what = f"{name} gave shares in {event['stage']} that do not hold"
                     note(Incident(kind="security", reason=what, job=job, member=name))
+            case "roster_proposed" | "roster_complete":
+                note(_roster(event))
             case "released":
                 note(
                     Candidate(job=job, model=event["model"], rounds=event["rounds"]),
@@ -197,6 +202,20 @@ class Recorder:
             if entry is not None and isinstance(entry.event, PlanProposed):
                 return entry.event.job == job_id
         return False
+
+
+def _roster(event: Mapping[str, Any]) -> RosterVersion:
+    return RosterVersion(
+        action="signed" if event["event"] == "roster_complete" else "proposed",
+        number=event["number"],
+        digest=event["digest"],
+        previous=event["previous"] or None,
+        num_members=len(event["members"]),
+        signed_by=tuple(event["signed_by"]),
+        added=tuple(event["added"]),
+        removed=tuple(event["removed"]),
+        changed=tuple(event["changed"]),
+    )
 
 
 def _completed(job: str, event: Mapping[str, Any]) -> RoundCompleted:

@@ -97,7 +97,9 @@ class RenewalDesk:
         old, new = member_row(before), member_row(after)
         try:
             message = rotation_message(self._federation, old, new)
-            require_signature(old.identity_key(), request.rotation, message, "the signature over the new keys")
+            require_signature(
+                old.identity_key(), request.rotation, message, "the signature over the new keys"
+            )
             version = self._book.rotation(old, new, request.rotation)
             self._store.replace_keys(before, after, version)
         except (ProtocolRefusalError, LinkError) as error:

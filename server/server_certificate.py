@@ -24,9 +24,7 @@ CHECK_S: Final = 24 * 3600.0
 _LOCAL: Final = ("localhost", "127.0.0.1")
 
 
-def issue(
-    authority: CertificateAuthority, key: ec.EllipticCurvePrivateKey, address: str
-) -> x509.Certificate:
+def issue(authority: CertificateAuthority, key: ec.EllipticCurvePrivateKey, address: str) -> x509.Certificate:
     """Return a certificate for the host of `address` (host:port) and for this machine's own names."""
     host = address.rpartition(":")[0].strip("[]")
     return authority.issue_server(key, tuple(dict.fromkeys((host, *_LOCAL))))

@@ -667,7 +667,14 @@ def as_server_app(results: str) -> None:
     from fedfin.server import rounds
 
     def run_attacks(
-        exchange: Any, store: Any, job: Any, plan: Any, schema: Schema, *, identity: CoordinatorIdentity, **_: Any
+        exchange: Any,
+        store: Any,
+        job: Any,
+        plan: Any,
+        schema: Schema,
+        *,
+        identity: CoordinatorIdentity,
+        **_: Any,
     ) -> None:
         while exchange.online() != frozenset(NAMES):
             time.sleep(0.1)

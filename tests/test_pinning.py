@@ -1,4 +1,4 @@
-"""The roster that a lender goes by: what its engineer signed, and what a quorum of the members signed to follow on it."""
+"""The roster that a lender goes by: what its engineer signed, and what a quorum of members signed to follow on it."""
 
 import json
 from dataclasses import replace
@@ -213,9 +213,7 @@ def test_the_coordinators_key_is_pinned_where_it_was_not(bank):
 @pytest.mark.parametrize("signed_by", ["the federation's authority", "another authority"])
 def test_another_coordinators_key_is_refused(bank, signed_by):
     bank.pin(bank.founded())
-    authority = (
-        rosters.authority() if signed_by.startswith("the") else create_authority(rosters.FEDERATION)
-    )
+    authority = rosters.authority() if signed_by.startswith("the") else create_authority(rosters.FEDERATION)
     key = create_lender_keys().identity
     statement = type(rosters.coordinator().statement).make(authority, rosters.FEDERATION, key.public_key())
     made = version(bank.all(*OTHERS), coordinator=statement.key)

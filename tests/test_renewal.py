@@ -171,9 +171,7 @@ def test_new_keys_that_the_old_one_did_not_sign_are_refused(house):
 def test_new_keys_that_the_sender_does_not_hold_are_refused(house, role):
     new = create_lender_keys()
     forged = create_lender_keys().identity.sign(b"something else").hex()
-    refused(
-        house, "does not hold the private key", lambda: house.rotate(new, signatures={role: forged})
-    )
+    refused(house, "does not hold the private key", lambda: house.rotate(new, signatures={role: forged}))
 
 
 @pytest.mark.parametrize("role", ["tls", "node", "identity", "witness"])
