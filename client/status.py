@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from fedfin.audit.events import Budget, JobEnded
+from fedfin.audit.reading import open_log
 from fedfin.client.budgeting import budget_to_json
 from fedfin.client.evaluation import EVALUATION_FILE
 from fedfin.client.folder import LenderFolder
 from fedfin.client.job_approval import approvers_of, held_jobs
 from fedfin.client.pinning import pending, pinned
 from fedfin.client.spending import is_held_out
+from fedfin.client.witnessing import last_cosigned, open_forks
 from fedfin.config import LenderPolicy
 from fedfin.errors import BudgetSpentError, ConfigError
 from fedfin.privacy.accounting import borrower_epsilons
@@ -76,6 +78,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
         "snapshots": snapshots,
         "models": models,
         "roster": _roster_of(folder),
+        "log": _log_of(folder),
     }
 
 
@@ -91,6 +94,19 @@ def _held(folder: LenderFolder) -> list[dict[str, Any]]:
         }
         for job in held_jobs(folder)
     ]
+
+
+def _log_of(folder: LenderFolder) -> dict[str, Any]:
+    """Return the size of this lender's log, what it cosigned last of the coordinator's, and forks that wait."""
+    entries, cosigned = 0, None
+    if folder.journal.path.exists():
+        with open_log(folder.journal.path) as log:
+            entries, cosigned = log.size, last_cosigned(log)
+    return {
+        "entries": entries,
+        "cosigned": cosigned,
+        "forks": [str(path) for path in open_forks(folder)],
+    }
 
 
 def _roster_of(folder: LenderFolder) -> dict[str, Any]:

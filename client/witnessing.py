@@ -23,6 +23,7 @@ from fedfin.audit.checkpoint import Checkpoint, NoteKey, cosign, parse_checkpoin
 from fedfin.audit.events import CheckpointSeen, Clock, Fork, Incident, bounded
 from fedfin.audit.merkle import verify_consistency
 from fedfin.audit.origins import COORDINATOR, coordinator_origin, root_fingerprint
+from fedfin.audit.reading import LogReader
 from fedfin.client.folder import LenderFolder
 from fedfin.client.sum_rules import refusal
 from fedfin.errors import AuditError, ConfigError, LinkError, ProtocolRefusalError
@@ -83,7 +84,8 @@ class Witness:
         """
         self._shown, self._tells_held = None, False
         if not self._is_read:
-            self._held, self._is_read = _last_seen(self._folder), True
+            known = self._folder.journal.path.exists()
+            self._held, self._is_read = _last_seen(self._folder.journal.log) if known else None, True
         if forks := open_forks(self._folder):
             what = (
                 f"the coordinator showed a log that cannot be the one this lender knows ({forks[0].name}); its engineer"
@@ -245,17 +247,14 @@ def clear_forks(folder: LenderFolder) -> tuple[dict[str, Any], ...]:
     return tuple(cleared)
 
 
-def last_cosigned(folder: LenderFolder) -> int | None:
-    """Return the size of the coordinator's log that this lender cosigned last, or None; errors as the log's."""
-    seen = _last_seen(folder)
+def last_cosigned(log: LogReader) -> int | None:
+    """Return the size of the coordinator's log that a lender cosigned last, by its own log; None for none yet."""
+    seen = _last_seen(log)
     return None if seen is None else seen.checkpoint.size
 
 
-def _last_seen(folder: LenderFolder) -> _Seen | None:
-    """Return the newest checkpoint of the coordinator's log that stands in this lender's own log."""
-    if not folder.journal.path.exists():
-        return None
-    log = folder.journal.log
+def _last_seen(log: LogReader) -> _Seen | None:
+    """Return the newest checkpoint of the coordinator's log that stands in a lender's own log."""
     for index in reversed(range(log.size)):
         entry = log.entry(index)
         if (

@@ -9,22 +9,22 @@ from fedfin.cli_output import DebugOption, JsonOption, guarded, print_json, say
 
 __all__ = ["EPILOG", "replay_command"]
 
-EPILOG: Final = "Example:  fedfin audit replay 3 --run fed/runs/credit-1a2b3c4d"
+EPILOG: Final = "Example:  fedfin audit replay 3 --run coordinator/runs/credit-1a2b3c4d"
 
 
 def replay_command(
-    number: Annotated[int, typer.Argument(metavar="ROUND", min=1, help="The round; its number in the job.")],
-    run: Annotated[
-        Path,
-        typer.Option("--run", help="The run directory, with its transcripts.", exists=True, file_okay=False),
+    number: Annotated[
+        int, typer.Argument(metavar="ROUND", min=1, help="Number of the round.", show_default=False)
     ],
+    run: Annotated[Path, typer.Option(help="The run directory, with its transcripts.", file_okay=False)],
     json_out: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Sum a round's masked vectors again and make the model after it, from the run's transcripts and nothing else.
+    """Sum a round's masked vectors again and make the model after it, from the run's transcripts alone.
 
-    All rounds before it are done again too, since its question is their model. Exit 1 and the first difference where
-    a sum, a question or a model is not the one that was logged.
+    All rounds before it are done again too, since its question is their model. Exit 1 and the first difference where a
+    sum, a question or a model is not the one that was logged. The coordinator keeps transcripts where its
+    federation.yaml says evidence.keep_transcripts.
     """
 
     def work() -> None:
@@ -36,7 +36,7 @@ def replay_command(
         if json_out:
             print_json({**asdict(done), "survivors": list(done.survivors)})
             return
-        say(f"round {done.round}: the sum of {len(done.survivors)} lenders is the logged one ({done.sum})")
-        say(f"the model after it is the logged one ({done.model}); {done.rounds} rounds were done again")
+        say(f"round {done.round}: the sum of {len(done.survivors)} lenders is the logged one, {done.sum}")
+        say(f"the model after it is the logged one, {done.model}; rounds done again: {done.rounds}")
 
     guarded(work, json_out=json_out, debug=debug)

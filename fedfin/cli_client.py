@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedfin import cli_client_policy, cli_client_roster
+from fedfin import cli_client_forks, cli_client_policy, cli_client_roster
 from fedfin.cli_output import DebugOption, JsonOption, chosen, guarded, print_json, print_table, say
 
 __all__ = ["app"]
@@ -149,6 +149,7 @@ def release(
 
 app.command(name="approve-roster", epilog=cli_client_roster.ROSTER_EPILOG)(cli_client_roster.approve_roster)
 app.command(name="approve-member", epilog=cli_client_roster.MEMBER_EPILOG)(cli_client_roster.approve_member)
+app.command(name="clear-fork", epilog=cli_client_forks.EPILOG)(cli_client_forks.clear_fork)
 app.command(name="rotate", epilog=cli_client_roster.ROTATE_EPILOG)(cli_client_roster.rotate)
 app.command(name="dry-run", epilog=cli_client_policy.DRY_RUN_EPILOG)(cli_client_policy.dry_run)
 app.command(name="make-approver", epilog=cli_client_policy.MAKE_EPILOG)(cli_client_policy.make_approver)
@@ -215,6 +216,10 @@ def _counts(column: Any) -> tuple[int, ...]:  # noqa: ANN401  (as above)
 
 def _show_status(document: dict[str, Any]) -> None:
     say(f"{document['name']} in {document['federation']}, coordinator {document['coordinator']}")
+    log = document["log"]
+    say(f"log: {log['entries']} entries; cosigned last of the coordinator's: {log['cosigned'] or 'nothing'}")
+    for fork in log["forks"]:
+        say(f"the coordinator showed a log that cannot be its own ({fork}): `fedfin client clear-fork`")
     own, change = document["roster"]["pinned"], document["roster"]["pending"]
     if own is not None:
         say(f"pinned roster: version {own['number']}, {own['digest'][:12]}, {len(own['members'])} members")

@@ -10,6 +10,7 @@ import rosters
 from lender_log import logged
 from lenders import ROOT, lender_folder, schema
 from secure_house import Killed, hurry, job_of
+from typer.testing import CliRunner
 from witnessed_house import ORIGIN, WitnessedHouse
 
 from fedfin.audit.checkpoint import NoteKey, cosign, parse_checkpoint, verify_note
@@ -32,8 +33,10 @@ from fedfin.audit.log import AuditLog
 from fedfin.audit.origins import COORDINATOR
 from fedfin.audit.reading import open_log
 from fedfin.audit.sealing import read_seal
+from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
 from fedfin.client.lender import Lender
+from fedfin.client.status import status_of
 from fedfin.client.witnessing import clear_forks, last_cosigned, open_forks
 from fedfin.errors import AuditError, ConfigError
 from fedfin.identity import create_identity_key
@@ -103,6 +106,14 @@ def taken(lender, data):
     return answer, Witnessed.from_json(answer.witness)
 
 
+def cosigned(directory):
+    """What the lender says in its status."""
+    if not (directory / "audit.db").exists():
+        return None
+    with open_log(directory / "audit.db") as log:
+        return last_cosigned(log)
+
+
 def witness_key(folder):
     return NoteKey("cosigner", folder.keys().witness.public_key())
 
@@ -130,11 +141,11 @@ def test_a_checkpoint_is_checked_kept_and_then_cosigned(lender, folder, honest):
 def test_a_grown_log_is_followed_by_its_proof_over_restarts(lender, folder, honest):
     for size, grown in ((5, 0), (9, 4), (9, 0), (200, 191)):
         honest.grow(grown) if grown else None
-        held = [last_cosigned(folder)] if last_cosigned(folder) not in {None, size} else []
+        held = [cosigned(folder.directory)] if cosigned(folder.directory) not in {None, size} else []
         answer, seen = taken(lender, propose(witness=honest.shown(*held)))
         assert isinstance(answer, Accepted)
         assert seen.cosignature
-        assert last_cosigned(folder) == size
+        assert cosigned(folder.directory) == size
         lender.close()
         lender = Lender(LenderFolder(folder.config_path), lambda _: None)
     assert [event.size for event in logged(folder.directory, CheckpointSeen)] == [5, 9, 200]
@@ -275,6 +286,25 @@ def test_a_refusal_and_a_receipt_are_signed_by_the_lenders_identity_key(lender, 
     )
 
 
+def test_status_tells_of_a_fork_and_the_engineer_clears_it(lender, folder, honest, tmp_path):
+    taken(lender, propose(witness=honest.shown()))
+    command = ["client", "clear-fork", "--config", str(folder.config_path)]
+    nothing = CliRunner().invoke(app, [*command, "--yes"])
+    assert (nothing.exit_code, "nothing to clear" in " ".join(nothing.output.split())) == (1, True)
+    taken(lender, propose("job-2", forked(honest, tmp_path / "other.db")))
+    lender.close()
+    found = status_of(folder.config_path)["log"]
+    assert (found["cosigned"], len(found["forks"])) == (5, 1)
+    shown = CliRunner().invoke(app, ["client", "status", "--config", str(folder.config_path)])
+    assert "cannot be its own" in shown.output
+    kept = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
+    assert len(kept["forks"]) == 1  # and it is still there
+    assert CliRunner().invoke(app, command, input="n\n").exit_code == 1
+    assert status_of(folder.config_path)["log"]["forks"] == found["forks"]
+    assert CliRunner().invoke(app, command, input="y\n").exit_code == 0
+    assert status_of(folder.config_path)["log"]["forks"] == []
+
+
 # A coordinator and its lenders
 
 
@@ -306,7 +336,7 @@ def test_a_job_is_logged_and_cosigned_by_all(house, aggregation):
         assert set(log.cosignatures(final.size)) == set(house.names)
     # nobody was shown anything else
     for bank in house.banks.values():
-        assert last_cosigned(LenderFolder(bank)) == final.size
+        assert cosigned(bank.parent) == final.size
     assert house.said("witness_doubted") == []
 
 
@@ -396,7 +426,7 @@ def test_a_lender_whose_answer_was_lost_is_ahead_and_goes_on(house):
 
 def test_a_coordinator_that_forgot_what_it_showed_learns_it_from_the_lenders(house):
     house.run(job_of(rounds=1, times=0))
-    lost = {name: last_cosigned(LenderFolder(bank)) for name, bank in house.banks.items()}
+    lost = {name: cosigned(bank.parent) for name, bank in house.banks.items()}
     with house.log() as log:
         # cosignatures that never arrived
         log._db.execute("DROP TRIGGER cosignature_no_delete")
@@ -407,7 +437,7 @@ def test_a_coordinator_that_forgot_what_it_showed_learns_it_from_the_lenders(hou
         )
     house.run(job_of(rounds=2, times=0), new_job=True)
     assert house.cohorts()[2]
-    assert all(last_cosigned(LenderFolder(bank)) > lost[name] for name, bank in house.banks.items())
+    assert all(cosigned(bank.parent) > lost[name] for name, bank in house.banks.items())
 
 
 def test_a_log_restored_from_yesterday_is_found_by_the_next_question(house):
