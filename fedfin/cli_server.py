@@ -217,8 +217,11 @@ def status(
 
     def work() -> None:
         from fedfin.server.founding import open_federation
+        from fedfin.server.log_status import log_status
 
-        store = open_federation(chosen(context, config, _DEFAULT)).store
+        federation = open_federation(chosen(context, config, _DEFAULT))
+        store = federation.store
+        log = log_status(federation.log_path, [member.name for member in store.members()])
         jobs: list[dict[str, Any]] = []
         for job in store.jobs():
             checkpoint = store.checkpoint(job.job_id)
@@ -234,8 +237,14 @@ def status(
                 }
             )
         if json_out:
-            print_json({"jobs": jobs})
+            print_json({"jobs": jobs, "log": log})
             return
+        if log is not None:
+            final = "no checkpoint is" if log["final"] is None else f"{log['final']} are"
+            say(
+                f"log: {log['entries']} entries; {final} final ({log['quorum']} cosignatures); the last checkpoint, of"
+                f" {log['checkpoint'] or 0}, has those of {', '.join(log['cosigned_by']) or 'nobody'}"
+            )
         rows = [
             [
                 job["job"],

@@ -20,6 +20,7 @@ from fedfin.audit.events import (
     CheckpointSeen,
     Clock,
     Consent,
+    Event,
     Fork,
     Incident,
     PlanProposed,
@@ -43,6 +44,7 @@ from fedfin.identity import create_identity_key
 from fedfin.plan import JobPlan
 from fedfin.privacy.sum_context import threshold_of
 from fedfin.server.journal import Journal
+from fedfin.server.log_status import log_status
 from fedfin.server.sealing import seal_finished
 from fedfin.update import Accepted, Done, Finish, Propose, Refused, decode, encode
 from fedfin.witness import Shown, Witnessed
@@ -334,6 +336,13 @@ def test_a_job_is_logged_and_cosigned_by_all(house, aggregation):
         final = parse_checkpoint(log.final_checkpoint(threshold_of(len(house.names))))
         assert final.size == parse_checkpoint(log.latest_checkpoint()).size
         assert set(log.cosignatures(final.size)) == set(house.names)
+    assert log_status(house.log_path, house.names) == {
+        "entries": len(house.entries(Event)),
+        "checkpoint": final.size,
+        "cosigned_by": sorted(house.names),
+        "quorum": threshold_of(len(house.names)),
+        "final": final.size,
+    }
     # nobody was shown anything else
     for bank in house.banks.values():
         assert cosigned(bank.parent) == final.size
