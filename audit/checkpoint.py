@@ -90,7 +90,10 @@ class Checkpoint:
         """
         lines = body.split("\n")
         if len(lines) != 4 or lines[3] or not _SIZE.fullmatch(lines[1]):
-            msg = "the note is no checkpoint: it has an origin, a size and a root, a line each; ask for it again"
+            msg = (
+                "the note is no checkpoint: it has an origin, a size and a root, a line each; ask for it"
+                " again"
+            )
             raise AuditError(msg)
         return cls(origin=lines[0], size=int(lines[1]), root=_decoded(lines[2]))
 
@@ -263,7 +266,10 @@ def _split_note(note: str) -> tuple[str, tuple[_Line, ...]]:
         raise AuditError(msg)
     cut = note.rfind("\n\n")
     if cut < 1 or not note.endswith("\n") or _CONTROL.search(note) or cut > _MAX_BODY_BYTES:
-        msg = "the note is malformed: a text, an empty line and signatures, without control characters; ask again"
+        msg = (
+            "the note is malformed: a text, an empty line and signatures, without control characters; ask"
+            " again"
+        )
         raise AuditError(msg)
     texts = note[cut + 2 :].split("\n")[:-1]
     if not 1 <= len(texts) <= _MAX_SIGNATURES:
@@ -307,5 +313,8 @@ def _decoded(text: str) -> bytes:
 
 def _check_name(name: str) -> None:
     if not 1 <= len(name) <= 255 or _SPACE_OR_PLUS.search(name) or not name.isprintable():
-        msg = f"{name!r:.80} cannot be the name of a log or witness: no spaces, no plus sign, at most 255 characters"
+        msg = (
+            f"{name!r:.80} cannot be the name of a log or witness: no spaces, no plus sign, at most 255"
+            " characters"
+        )
         raise AuditError(msg)

@@ -183,7 +183,10 @@ def _message(text: str, origin: str) -> bytes:
 def _encode(seq: int, time: str, actor: str, event_text: str, signature: bytes) -> bytes:
     leaf = _text(seq, time, actor, event_text, f',"signature":"{signature.hex()}"').encode()
     if len(leaf) > MAX_LEAF_BYTES:
-        msg = f"an entry of {len(leaf)} bytes is larger than {MAX_LEAF_BYTES}; log its digest and keep it in a file"
+        msg = (
+            f"an entry of {len(leaf)} bytes is larger than {MAX_LEAF_BYTES}; log its digest and keep it in"
+            " a file"
+        )
         raise AuditError(msg)
     return leaf
 

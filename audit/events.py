@@ -350,7 +350,10 @@ class Evaluation(Event):
     @model_validator(mode="after")
     def _metrics_are_a_cohorts(self) -> Self:
         if self.cohort_size < LEAST_COHORT and (self.auroc or self.brier or self.calibration):
-            msg = f"metrics of {self.cohort_size} lenders tell one lender's; log the digest alone below {LEAST_COHORT}"
+            msg = (
+                f"metrics of {self.cohort_size} lenders tell one lender's; log the digest alone below"
+                f" {LEAST_COHORT}"
+            )
             raise ValueError(msg)
         return self
 

@@ -26,6 +26,7 @@ _FORMAT: Final = 1
 _BUSY_TIMEOUT_S: Final = 10.0
 _LARGEST_VALUE: Final = 2**20  # of a crafted file SQLite allocates no more than this for one value
 _COPY_TRIES: Final = 20
+_MAPPED_BYTES: Final = 2**40  # the whole file: pages are read without a call for each
 
 
 def _frozen(table: str, change: str, when: str = "") -> str:
@@ -147,6 +148,7 @@ def open_unchanged(path: Path) -> Generator[tuple[sqlite3.Connection, bool]]:
             db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST_VALUE)
             db.execute("PRAGMA trusted_schema=OFF")
             db.execute("PRAGMA query_only=ON")
+            db.execute(f"PRAGMA mmap_size={_MAPPED_BYTES}")
             check_schema(db, path)
         except (OSError, sqlite3.Error) as error:
             msg = (

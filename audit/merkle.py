@@ -7,8 +7,8 @@ put together from at most two of them a level. Everything here is pure: a tree i
 Source: RFC 6962 section 2.1 (hashes, proofs), RFC 9162 sections 2.1.3.2 and 2.1.4.2 (verification).
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
 from typing import Final, Protocol
 
 from fedfin.errors import AuditError
@@ -21,13 +21,15 @@ __all__ = [
     "grow",
     "inclusion",
     "leaf_hash",
+    "leaf_hashes",
     "node_hash",
+    "node_hashes",
     "root",
     "verify_consistency",
     "verify_inclusion",
 ]
 
-EMPTY_ROOT: Final = hashlib.sha256(b"").digest()
+EMPTY_ROOT: Final = sha256(b"").digest()
 """The root of a log without entries."""
 
 _HASH_BYTES: Final = 32
@@ -43,12 +45,24 @@ class NodeSource(Protocol):
 
 def leaf_hash(body: bytes) -> bytes:
     """Return the hash of an entry's bytes."""
-    return hashlib.sha256(b"\x00" + body).digest()
+    return sha256(b"\x00" + body).digest()
 
 
 def node_hash(left: bytes, right: bytes) -> bytes:
     """Return the hash over two subtrees."""
-    return hashlib.sha256(b"\x01" + left + right).digest()
+    return sha256(b"\x01" + left + right).digest()
+
+
+def leaf_hashes(bodies: Iterable[tuple[bytes]]) -> list[bytes]:
+    """Return `leaf_hash` of each body; they come as the rows of one column that a database gives."""
+    return [sha256(b"\x00" + body).digest() for (body,) in bodies]
+
+
+def node_hashes(below: Sequence[bytes]) -> list[bytes]:
+    """Return `node_hash` of each pair of neighbours; a last one without a neighbour has none."""
+    return [
+        sha256(b"\x01" + left + right).digest() for left, right in zip(below[::2], below[1::2], strict=False)
+    ]
 
 
 def edge(nodes: NodeSource, size: int) -> list[bytes]:

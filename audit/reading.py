@@ -54,6 +54,11 @@ class LogReader:
         return int(self._rows("SELECT coalesce(max(idx) + 1, 0) FROM entry")[0][0])
 
     @property
+    def connection(self) -> sqlite3.Connection:
+        """The database, for who reads it whole (`fedfin.audit.verifying`)."""
+        return self._db
+
+    @property
     def public_key(self) -> Ed25519PublicKey:
         """The key that signs the log now, as the file says; the entries prove it (`verify_log`)."""
         rows = self._rows("SELECT public FROM signer ORDER BY start DESC LIMIT 1")
@@ -98,6 +103,16 @@ class LogReader:
         """
         body = self.body(index)
         return None if body is None else parse_leaf(body)
+
+    def leaf_hashes(self, start: int, stop: int) -> Iterator[bytes]:
+        """Give the leaf hashes of the entries from `start` to before `stop`."""
+        for first in range(start, stop, _PAGE):
+            rows = self._rows(
+                "SELECT leaf FROM entry WHERE idx >= ? AND idx < ? ORDER BY idx",
+                first,
+                min(first + _PAGE, stop),
+            )
+            yield from (leaf for (leaf,) in rows)
 
     def bodies(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes, bytes | None]]:
         """Give index, leaf hash and bytes of the entries from `start` to before `stop`; bytes are None if erased."""
