@@ -236,6 +236,11 @@ class Lender:
         job.close()
         self._folder.journal.write("job_ended", job=question.job_id, status=question.status)
         self.job_id = None
+        if question.status == "abandoned":
+            self._say(
+                f"job {question.job_id} is over without a model; what it had reserved of the budget and not spent is"
+                " free again"
+            )
         return Done(question.job_id)
 
     def _has_model_of(self, job_id: str) -> bool:

@@ -13,7 +13,7 @@ from fedfin.errors import ConfigError, LinkError
 
 __all__ = ["FederationFile"]
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 _SCHEMA: Final = """
 CREATE TABLE invitations (
     name TEXT PRIMARY KEY, secret_hash TEXT NOT NULL UNIQUE, expires_at TEXT NOT NULL, used_at TEXT);
@@ -22,7 +22,7 @@ CREATE TABLE members (
     identity_key TEXT NOT NULL, witness_key TEXT NOT NULL, signature TEXT NOT NULL, joined_at TEXT NOT NULL);
 CREATE TABLE jobs (
     job_id TEXT PRIMARY KEY, plan TEXT NOT NULL, digest TEXT NOT NULL, status TEXT NOT NULL,
-    created_at TEXT NOT NULL);
+    created_at TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', began_at TEXT);
 CREATE TABLE checkpoints (
     job_id TEXT PRIMARY KEY REFERENCES jobs, round INTEGER NOT NULL, bins TEXT NOT NULL,
     fingerprint TEXT NOT NULL, weights BLOB NOT NULL, reference TEXT NOT NULL,
@@ -41,6 +41,12 @@ _FROM_1: Final = f"""
 ALTER TABLE checkpoints ADD COLUMN moments BLOB NOT NULL DEFAULT x'';
 ALTER TABLE checkpoints ADD COLUMN num_loans REAL NOT NULL DEFAULT 0;
 {_SECURE_SUMS}"""
+_FROM_2: Final = """
+ALTER TABLE jobs ADD COLUMN reason TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN began_at TEXT;
+UPDATE jobs SET began_at = created_at WHERE job_id IN (SELECT job_id FROM checkpoints UNION SELECT job_id FROM sums);
+"""
+_STEPS: Final = {1: _FROM_1, 2: _FROM_2}
 
 
 class FederationFile:
@@ -103,7 +109,7 @@ class FederationFile:
             connection = sqlite3.connect(self._path, timeout=10, isolation_level=None)
             connection.execute("PRAGMA synchronous=FULL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version == 1:
+            if version in _STEPS:
                 version = _migrate(connection)
         except sqlite3.Error as error:
             msg = f"{self._path} cannot be opened ({error}); restore it from its backup"
@@ -116,16 +122,16 @@ class FederationFile:
 
 
 def _migrate(connection: sqlite3.Connection) -> int:
-    """Bring a database of version 1 to version 2, wholly or not at all; return its version."""
+    """Bring a database of an earlier version to this one, wholly or not at all; return its version."""
     connection.execute("BEGIN IMMEDIATE")
     try:
-        # another process may have done it since
-        if connection.execute("PRAGMA user_version").fetchone()[0] == 1:
-            for statement in filter(str.strip, _FROM_1.split(";")):
+        # read again: another process may have done it since
+        while (version := int(connection.execute("PRAGMA user_version").fetchone()[0])) in _STEPS:
+            for statement in filter(str.strip, _STEPS[version].split(";")):
                 connection.execute(statement)
-            connection.execute("PRAGMA user_version=2")
+            connection.execute(f"PRAGMA user_version={version + 1}")
         connection.execute("COMMIT")
     except sqlite3.Error:
         connection.execute("ROLLBACK")
         raise
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+    return version

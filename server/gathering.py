@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Final
 
-from fedfin.errors import QuorumError
+from fedfin.errors import JobOverError, QuorumError
 from fedfin.plan import JobPlan
 from fedfin.roster import Roster
 from fedfin.server.exchange import Answers, Exchange
@@ -62,6 +62,8 @@ class Gathering:
         self._refused = store.left_out(job_id)
         self._ask_again_at: dict[str, float] = {}
         self._told_newcomers: set[str] = set()
+        self._waiting = Waiting(say)
+        self._began = any(job.job_id == job_id and job.began_at for job in store.jobs())
         kept = store.roster(job_id)
         self._roster = None if kept is None else Roster.from_json(kept)
 
@@ -98,11 +100,11 @@ class Gathering:
         """Propose the job until enough lenders take part: all that are waited for, or the quorum after a while.
 
         Raises:
-            QuorumError: So many lenders refused that the quorum cannot be met.
+            QuorumError: So many lenders refused that the quorum cannot be met; a `JobOverError` where nothing was
+                asked of anybody yet, so that another job costs no more, or where too many were left out.
         """
         cohort = self._plan.cohort
         started = time.monotonic()
-        waiting = Waiting(self._say)
         while True:
             members = self._members()
             late = time.monotonic() - started > cohort.start_timeout_s
@@ -111,7 +113,7 @@ class Gathering:
                 invited = self._invited()
                 wanted = max(cohort.wait_for or len(members) + len(invited), cohort.min_lenders)
                 if len(online) < wanted and not (late and len(online) >= cohort.min_lenders):
-                    waiting.report(online, members - online, wanted, invited)
+                    self._waiting.report(online, members - online, wanted, invited)
                     time.sleep(WAIT_S)
                     continue
                 self._freeze()
@@ -125,9 +127,10 @@ class Gathering:
             wanted = max(wanted, cohort.min_lenders)
             resumed = self._store.checkpoint(self._job_id) is not None
             if len(here) >= wanted or (len(here) >= cohort.min_lenders and (late or resumed)):
+                self._store.begin_job(self._job_id)
                 self._say({"event": "cohort", "lenders": sorted(here), "refused": self._refused})
                 return
-            waiting.report(here, members - here - set(self._refused), wanted, invited)
+            self._waiting.report(here, members - here - set(self._refused), wanted, invited)
             time.sleep(WAIT_S)
 
     def propose(self, deadline_s: float = PROPOSE_S) -> None:
@@ -157,11 +160,11 @@ class Gathering:
         """Return the lenders that are online and take part, sorted, once they are a quorum; newcomers are asked.
 
         Raises:
-            QuorumError: So many lenders refused that the quorum cannot be met.
+            QuorumError: So many lenders refused that the quorum cannot be met; a `JobOverError` where too many of them
+                were left out.
         """
         # A newcomer that hangs holds a round up no longer than a lender that does.
         self.propose(self._plan.cohort.round_deadline_s)
-        waiting = Waiting(self._say)
         quorum = self._plan.cohort.min_lenders
         while True:
             here = self.accepted & self._exchange.online()
@@ -170,10 +173,10 @@ class Gathering:
             self.propose()
             if len(self.accepted | (self._members() - set(self._refused))) < quorum:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
-                mend = self.mend("mend it with them, then start again")
-                msg = f"too many lenders refused to go on ({reasons}); {mend}"
-                raise QuorumError(msg)
-            waiting.report(set(here), set(self.accepted - here), quorum)
+                is_over, mend = self._is_over(), "mend it with them, then start again"
+                msg = f"too many lenders refused to go on ({reasons}); {self.mend(mend) if is_over else mend}"
+                raise (JobOverError if is_over else QuorumError)(msg)
+            self._waiting.report(set(here), set(self.accepted - here), quorum)
             time.sleep(WAIT_S)
 
     def here(self, bound: Collection[str] | None = None) -> tuple[str, ...]:
@@ -191,9 +194,9 @@ class Gathering:
             why: What happened that nobody else may take their place, for people.
 
         Raises:
-            QuorumError: One of them refused, or they were not all online within `cohort.start_timeout_s`.
+            QuorumError: One of them refused, or they were not all online within `cohort.start_timeout_s`; a
+                `JobOverError` where one of them was left out.
         """
-        waiting = Waiting(self._say)
         until = time.monotonic() + self._plan.cohort.start_timeout_s
         while True:
             here = set(names) & self.accepted & self._exchange.online()
@@ -205,16 +208,17 @@ class Gathering:
                 what = (
                     "takes no part any more" if gone else "did not come back in time (cohort.start_timeout_s)"
                 )
-                mend = self.mend(
+                is_over = not self._store.left_out(self._job_id).keys().isdisjoint(gone)
+                mend = (
                     "Bring them back and start again, or run `fedfin server --new-job`, which spends the lenders'"
                     " budgets again"
                 )
                 msg = (
                     f"{why}; the same model may be asked about again of the identical cohort only, and {missing}"
-                    f" {what}. {mend}"
+                    f" {what}. {self.mend(mend) if is_over else mend}"
                 )
-                raise QuorumError(msg)
-            waiting.report(here, set(names) - here, len(names))
+                raise (JobOverError if is_over else QuorumError)(msg)
+            self._waiting.report(here, set(names) - here, len(names))
             time.sleep(WAIT_S)
 
     def _freeze(self) -> None:
@@ -243,11 +247,17 @@ class Gathering:
         if left >= quorum or more_may_come:
             return
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
+        is_over, mend = self._is_over(), "Mend the plan, then start again"
         msg = (
             f"cohort.min_lenders is {quorum}, and only {len(members) - len(self._refused)} of {len(members)} lenders"
-            f" can take part. Refused: {reasons}. {self.mend('Mend the plan, then start again')}"
+            f" can take part. Refused: {reasons}. {self.mend(mend) if is_over else mend}"
         )
-        raise QuorumError(msg)
+        raise (JobOverError if is_over or not self._began else QuorumError)(msg)
+
+    def _is_over(self) -> bool:
+        """Tell whether so many were left out that the quorum is gone, whatever those who refused mend."""
+        staying = self._members() - self._store.left_out(self._job_id).keys()
+        return len(staying) < self._plan.cohort.min_lenders and bool(self._store.left_out(self._job_id))
 
     def _take(self, name: str, reply: Message, answers: Answers) -> None:
         secure = self._plan.aggregation == "secure"
