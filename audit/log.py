@@ -27,7 +27,7 @@ from fedfin.audit.checkpoint import (
     signature_lines,
     verify_note,
 )
-from fedfin.audit.entry import event_json, parse_leaf, signed_leaf, utc_now
+from fedfin.audit.entry import event_json, parse_leaf, signed_leaves, utc_now
 from fedfin.audit.events import Event, Pruned, Rotation, Side, UnknownEvent
 from fedfin.audit.logfile import connect, create_file
 from fedfin.audit.reading import LogReader
@@ -323,21 +323,19 @@ class AuditLog(LogReader):
                 ticket.error, ticket.done = failure, True
 
     def _insert(self, tail: _Tail, texts: Sequence[str]) -> None:
-        now = utc_now()
         leaves: list[tuple[int, bytes]] = []
-        bodies: list[tuple[int, bytes]] = []
         nodes: list[tuple[int, int, bytes]] = []
 
         def write(level: int, index: int, found: bytes) -> None:
             nodes.append((level, index, found))
 
-        for text in texts:
-            body = signed_leaf(tail.size, now, self.actor, text, key=self._key, origin=self.origin)
+        signed = signed_leaves(tail.size, utc_now(), self.actor, texts, key=self._key, origin=self.origin)
+        bodies = list(enumerate(signed, tail.size))
+        for index, body in bodies:
             leaf = merkle.leaf_hash(body)
-            bodies.append((tail.size, body))
-            leaves.append((tail.size, leaf))
-            merkle.grow(tail.edge, tail.size, leaf, write)
-            tail.size += 1
+            leaves.append((index, leaf))
+            merkle.grow(tail.edge, index, leaf, write)
+        tail.size += len(bodies)
         self._db.executemany("INSERT INTO entry VALUES (?, ?)", leaves)
         self._db.executemany("INSERT INTO body VALUES (?, ?)", bodies)
         self._db.executemany("INSERT INTO node VALUES (?, ?, ?)", nodes)

@@ -225,9 +225,9 @@ def _are_stored(log: LogReader, hashes: list[bytes], rows: str, values: tuple[in
     The database joins them to one value: to give each to Python takes longer than to compute it. A range of a
     primary key with as many rows as numbers has no gap. Where the answer is no, the caller looks row by row.
     """
-    query = (  # of constants: the values are bound
-        "SELECT count(*), CAST(group_concat(hash, '') AS BLOB)"
-        f" FROM ({rows} idx >= ? AND idx < ? AND length(hash) = {_HASH_BYTES} ORDER BY idx)"  # noqa: S608
+    query = (
+        "SELECT count(*), CAST(group_concat(hash, '') AS BLOB)"  # noqa: S608  (of constants; the values are bound)
+        f" FROM ({rows} idx >= ? AND idx < ? AND length(hash) = {_HASH_BYTES} ORDER BY idx)"
     )
     number, joined = log.connection.execute(query, values).fetchone()
     return bool(number == len(hashes) == values[-1] - values[-2] and joined == b"".join(hashes))
