@@ -114,7 +114,7 @@ def status(
     json_out: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show this lender's jobs, budget and models; nothing is sent."""
+    """Show this lender's jobs, budget and models; nothing is sent. Exit 1 if a key of bank.yaml is wrong."""
 
     def work() -> None:
         from fedfin.client.status import status_of
@@ -124,6 +124,8 @@ def status(
             print_json(document)
         else:
             _show_status(document)
+        if document["config_error"]:
+            raise SystemExit(1)
 
     guarded(work, json_out=json_out, debug=debug)
 
@@ -182,7 +184,7 @@ def approve_roster(
         if json_out:
             print_json({"pending": document, "approved": True})
         else:
-            say(f"approved: this lender goes by the roster {document['digest'][:12]} now")
+            say(f"approved: this lender goes by the roster {document['digest']} now")
 
     guarded(work, json_out=json_out, debug=debug)
 
@@ -198,10 +200,11 @@ def _agreed(question: str) -> bool:
 def _show_change(document: dict[str, Any]) -> None:
     kinds = {**dict.fromkeys(document["added"], "added"), **dict.fromkeys(document["changed"], "KEY CHANGED")}
     print_table(
-        f"the coordinator's roster {document['digest'][:12]}, {len(document['members'])} members",
+        f"the coordinator's roster, {len(document['members'])} members",
         ["lender", "identity key (SHA-256)", "beside the pinned roster"],
         [[name, key[:32], kinds.get(name, "the same")] for name, key in document["members"].items()],
     )
+    say(f"digest of this roster, to compare with the other members by telephone: {document['digest']}")
     for name in document["removed"]:
         say(f"{name} is no member any more", style="yellow")
     for name, keys in document["changed"].items():
@@ -272,19 +275,27 @@ def _counts(column: Any) -> tuple[int, ...]:  # noqa: ANN401  (as above)
 
 def _show_status(document: dict[str, Any]) -> None:
     say(f"{document['name']} in {document['federation']}, coordinator {document['coordinator']}")
+    if document["config_error"]:
+        say(
+            f"{document['config_error']}. Until it is mended this lender takes no part and its limit is not known",
+            style="bold red",
+        )
     own, change = document["roster"]["pinned"], document["roster"]["pending"]
     if own is not None:
-        say(f"pinned roster {own['digest'][:12]}, {len(own['members'])} members")
+        say(f"pinned roster of {len(own['members'])} members, digest {own['digest']}")
     if change is not None:
         say(
-            f"the coordinator stated another roster, {change['digest'][:12]}: look at it and approve it with"
+            f"the coordinator stated another roster, digest {change['digest']}: look at it and approve it with"
             " `fedfin client approve-roster`; until then this lender refuses its jobs of secure sums",
             style="yellow",
         )
+    limit = "" if document["config_error"] else f" {document['epsilon_limit']:g}"
     for snapshot in document["snapshots"]:
         held = snapshot["filter"]
         used = (
-            "the limit admits nothing at any order"
+            "not known until bank.yaml is mended"
+            if document["config_error"]
+            else "the limit admits nothing at any order"
             if held is None
             else held["why_nothing"]
             or f"{held['share_spent']:.1%} of the limit is spent and {held['share_reserved']:.1%} reserved (Renyi"
@@ -295,7 +306,7 @@ def _show_status(document: dict[str, Any]) -> None:
         _, two, three = snapshot["borrower_pld"]
         say(
             f"budget of {'held-out loans' if snapshot['held_out'] else 'loans'} {snapshot['snapshot'][:12]}, epsilon"
-            f" limit {document['epsilon_limit']:g}: {used}; spent so far: epsilon {snapshot['epsilon_pld']:.3f} by PLD"
+            f" limit{limit}: {used}; spent so far: epsilon {snapshot['epsilon_pld']:.3f} by PLD"
             f" ({snapshot['epsilon_rdp']:.3f} by RDP), and"
             f" {snapshot['together_pld']:.3f} ({snapshot['together_rdp']:.3f}) with what is reserved, at delta"
             f" {snapshot['delta']:g}, for one loan added or removed; a borrower with a loan at 2 | 3 lenders:"

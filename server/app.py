@@ -41,7 +41,7 @@ from fedfin.server.registry import RunDirectory
 from fedfin.server.roster import Checkpoint, FederationStore
 from fedfin.server.rounds import run_job
 from fedfin.update import Message, Refused, decode, encode
-from fedfin.wire import MESSAGE_TYPES, from_record, pull_soon, to_record
+from fedfin.wire import MESSAGE_TYPES, from_record, plain_log, pull_soon, to_record
 
 __all__ = ["EXIT_LINK_LOST", "GridExchange", "main"]
 
@@ -213,6 +213,7 @@ def run(grid: Grid, context: Context) -> None:
 
 def main() -> None:
     """Take a run from the SuperLink and execute the ServerApp; the supervisor's way of starting this process."""
+    plain_log()
     order = json.loads(sys.stdin.readline())
     _Order.current = order
     threading.Thread(target=_end_with_stdin, daemon=True).start()

@@ -45,7 +45,7 @@ from fedfin.errors import FedfinError, LinkError
 from fedfin.server.enrolment import EnrolmentDesk, enrolment_app
 from fedfin.server.founding import Federation, open_federation
 from fedfin.server.roster import Member
-from fedfin.wire import THIN_BUNDLE_NAME
+from fedfin.wire import THIN_BUNDLE_NAME, plain_log
 
 __all__ = ["MAX_BODY", "FleetOnly", "RuntimeOnly", "main", "open_socket"]
 
@@ -160,6 +160,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def main() -> None:
     """Run the SuperLink until standard input closes; the supervisor's way of starting this process."""
+    plain_log()
     order = json.loads(sys.stdin.readline())
     try:
         asyncio.run(_serve(open_federation(Path(order["config"])), order["secret"]))
