@@ -21,7 +21,6 @@ from fedfin.audit import merkle
 from fedfin.audit.checkpoint import (
     Checkpoint,
     NoteKey,
-    add_signatures,
     parse_checkpoint,
     sign,
     signature_lines,
@@ -206,24 +205,14 @@ class AuditLog(LogReader):
             AuditError: A line is of none of the witnesses, or does not verify; nothing is stored.
         """
         with self._lock:
-            rows = self._rows("SELECT note FROM checkpoint WHERE size = ?", size)
-            note = add_signatures(rows[0][0] if rows else self.note(size), lines)
-            named = signature_lines(note)[1:]
-            keys = {name: NoteKey("cosigner", key) for name, key in witnesses.items()}
-            by = verify_note(note, keys).by if named else {}
-            strangers = sorted({name for name, _ in named} - by.keys())
-            if strangers:
-                msg = (
-                    f"{', '.join(strangers)} cosigned with a key that is not in the roster; ask for lines"
-                    " by the witness keys of the members"
-                )
-                raise AuditError(msg)
+            note = self.note(size)
+            checked = [_cosignature(note, line, witnesses) for line in lines]
             with self._transaction():
                 self._db.executemany(
                     "INSERT OR IGNORE INTO cosignature VALUES (?, ?, ?)",
-                    [(size, name, line) for name, line in named],
+                    [(size, name, line) for name, _, line in checked],
                 )
-            return {name: time for name, time in by.items() if time is not None}
+            return {name: time for name, time, _ in checked}
 
     def rotate(self, new_key: Ed25519PrivateKey) -> int:
         """Log that the owner's identity key is replaced: the old key signs this entry, the new one all after it.
@@ -434,3 +423,15 @@ class AuditLog(LogReader):
         return AuditError(
             f"{self.path} cannot be written ({error}); free the disk or mend the folder: nothing goes on unlogged"
         )
+
+
+def _cosignature(note: str, line: str, witnesses: Mapping[str, Ed25519PublicKey]) -> tuple[str, int, str]:
+    """Return the name, time and text of a witness's line that holds for the note."""
+    body = note[: note.rfind("\n\n") + 2]
+    named = signature_lines(body + line)
+    name = named[0][0]
+    if len(named) != 1 or name not in witnesses:
+        msg = f"a cosignature by {name} is not a line by a member of the roster; ask the members for theirs"
+        raise AuditError(msg)
+    time = verify_note(body + line, {name: NoteKey("cosigner", witnesses[name])}).by[name]
+    return name, time or 0, line
