@@ -173,11 +173,12 @@ def _check_entry(log: LogReader, contents: Contents, index: int, body: bytes) ->
 @contextmanager
 def _verifying() -> Generator[Callable[[list[_Signed]], None]]:
     """Give a function that takes signatures to check; what is wrong is raised from it or at the end."""
-    pending: deque[Future[int | None]] = deque()
+    pending: deque[Future[int | None]] = deque()  # in the order of the entries
 
     def settle() -> None:
         index = pending.popleft().result()
         if index is not None:
+            pending.clear()  # what comes later is not the first thing wrong
             what = f"entry {index} is not signed by the key of the log's owner"
             raise FoundError(index, what, CHANGED)
 

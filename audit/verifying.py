@@ -303,7 +303,7 @@ def _check_checkpoints(log: LogReader, contents: Contents, trust: Trust, report:
                 raise FoundError(
                     None, f"the cosignature of {name} at {size} entries is of another name", CHANGED
                 )
-        cosigned += _count_witnesses(log.note(size), size, trust, report)
+        cosigned += _count_witnesses(log.note(size), contents, trust, report)
     report.checked.append(Check("checkpoints", f"{number} checkpoints are signed and fit the tree"))
     if trust.witnesses:
         report.checked.append(Check("cosignatures", f"{cosigned} by {', '.join(sorted(trust.witnesses))}"))
@@ -313,7 +313,7 @@ def _check_anchors(log: LogReader, contents: Contents, trust: Trust, report: Rep
     for note in trust.anchors:
         size = parse_checkpoint(note).size
         _check_note(log, contents, note, f"the checkpoint of {size} entries that is held elsewhere")
-        _count_witnesses(note, size, trust, report)
+        _count_witnesses(note, contents, trust, report)
     if trust.anchors:
         report.checked.append(
             Check("anchors", f"{len(trust.anchors)} checkpoints that others hold fit the tree")
@@ -339,17 +339,21 @@ def _check_note(log: LogReader, contents: Contents, note: str, called: str) -> V
     return verified
 
 
-def _count_witnesses(note: str, size: int, trust: Trust, report: Report) -> int:
+def _count_witnesses(note: str, contents: Contents, trust: Trust, report: Report) -> int:
     """Return how many trusted witnesses cosigned; the longest checkpoint with enough of them goes into the report."""
+    checkpoint = parse_checkpoint(note)
+    size, owner = checkpoint.size, checkpoint.origin
     keys = {name: NoteKey("cosigner", key) for name, key in trust.witnesses.items()}
-    known = {name for name, _ in signature_lines(note)} & keys.keys()
-    if not known:
-        return 0
+    keys[owner] = NoteKey(
+        "signer", contents.key_at(size)
+    )  # is on it, so that it need not bear a trusted witness's
     try:
-        by = tuple(sorted(verify_note(note, keys).by))
+        by = tuple(sorted(verify_note(note, keys).by.keys() - {owner}))
     except AuditError as error:
         what = f"a cosignature at {size} entries does not hold: {error}"
-        raise FoundError(None, what, "it is forged or by a key that was replaced: ask the witness") from error
+        raise FoundError(
+            None, what, "it is forged or was altered: ask the witness for its own copy"
+        ) from error
     if len(by) >= max(1, trust.threshold) and (report.anchored is None or size > report.anchored.size):
         report.anchored = Anchored(size, by)
     return len(by)
