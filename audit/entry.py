@@ -9,7 +9,7 @@ import datetime as dt
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
@@ -41,6 +41,7 @@ _LABEL: Final = b"fedfin audit entry v1\n"
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z")
 _SIGNATURE: Final = re.compile(r"[0-9a-f]{128}")
 _ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+_SIGNED_AT_ONCE: Final = 32  # so that who takes the leaves works while the next are signed
 _SIGNED_BY_MANY: Final = 64  # fewer are signed before other threads have started
 _KEYS: Final = frozenset({"actor", "event", "seq", "signature", "time"})
 _LARGEST: Final = 2**53 - 1
@@ -105,8 +106,8 @@ def sign_entry(
 
 def signed_leaves(
     first: int, time: str, actor: str, events: Sequence[str], *, key: Ed25519PrivateKey, origin: str
-) -> list[bytes]:
-    """Return the leaves of signed entries, for a log that appends many; large batches are signed on all cores.
+) -> Iterator[bytes]:
+    """Give the leaves of signed entries, for a log that appends many; large batches are signed on all cores.
 
     Args:
         first: The index of the first entry.
@@ -119,17 +120,20 @@ def signed_leaves(
     Raises:
         AuditError: An entry is too large.
     """
-    texts = [_text(seq, time, actor, event) for seq, event in enumerate(events, first)]
+    before, after = f'{{"actor":{_dump(actor)},"event":', f',"time":{_dump(time)}}}'
+    texts = [f'{before}{event},"seq":{seq}{after}' for seq, event in enumerate(events, first)]
+    label = _message("", origin)
 
     def leaves(part: Sequence[str]) -> list[bytes]:
-        return [_with_signature(text, key.sign(_message(text, origin))) for text in part]
+        return [_with_signature(text, key.sign(label + text.encode())) for text in part]
 
     if len(texts) < _SIGNED_BY_MANY:
-        return leaves(texts)
-    share = -(-len(texts) // (os.cpu_count() or 1))
-    with ThreadPoolExecutor() as pool:  # signing holds no lock of Python's
-        parts = pool.map(leaves, [texts[start : start + share] for start in range(0, len(texts), share)])
-        return [leaf for part in parts for leaf in part]
+        yield from leaves(texts)
+        return
+    parts = [texts[start : start + _SIGNED_AT_ONCE] for start in range(0, len(texts), _SIGNED_AT_ONCE)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # signing holds no lock of Python's
+        for part in pool.map(leaves, parts):
+            yield from part
 
 
 def signed_part(leaf: bytes, origin: str) -> tuple[bytes, bytes]:

@@ -9,15 +9,34 @@ Numbers that are not whole are decimal texts (`real`), since two machines need n
 later release is read as an `UnknownEvent` and kept byte for byte, so that an older release still verifies the log.
 """
 
-import hashlib
-import hmac
-import math
-import re
-from typing import Annotated, ClassVar, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
-from fedfin.invitation import LENDER_NAME_PATTERN
+from fedfin.audit.vocabulary import (
+    COORDINATOR,
+    LARGEST_COUNT,
+    LEAST_COHORT,
+    LENDER,
+    Count,
+    Digest,
+    Event,
+    JobId,
+    Label,
+    Name,
+    Names,
+    NoteText,
+    Number,
+    PublicKeyHex,
+    Ranges,
+    Real,
+    Reason,
+    Side,
+    SignatureHex,
+    bounded,
+    real,
+    salted_digest,
+)
 
 __all__ = [
     "EVENT_TYPES",
@@ -60,56 +79,10 @@ __all__ = [
     "salted_digest",
 ]
 
-Side = Literal["coordinator", "lender"]
-
-LEAST_COHORT: Final = 3
-"""Fewer lenders than this have no common metric that is not nearly one lender's own."""
-
-_REASON_LENGTH: Final = 500
-_MOST_MEMBERS: Final = 1000
-_LARGEST_COUNT: Final = 2**53 - 1  # what every reader of JSON holds exactly (RFC 8785)
-
-Name = Annotated[str, StringConstraints(pattern=LENDER_NAME_PATTERN)]
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-PublicKeyHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-SignatureHex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
-JobId = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,120}$")]
-Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.:/+-]{0,79}$")]
-Reason = Annotated[str, StringConstraints(pattern=rf"^[^\x00-\x1f\x7f]{{1,{_REASON_LENGTH}}}$")]
-Real = Annotated[
-    str, StringConstraints(pattern=r"^-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-][0-9]{2,3})?$", max_length=40)
-]
-Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
-Number = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
-Names = Annotated[tuple[Name, ...], Field(max_length=_MOST_MEMBERS)]
-NoteText = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x09\x0b-\x1f\x7f]+$", max_length=8192)]
-Ranges = Annotated[tuple[tuple[Count, Count], ...], Field(min_length=1, max_length=1000)]
-
-_BOTH: Final[frozenset[Side]] = frozenset({"coordinator", "lender"})
-_COORDINATOR: Final[frozenset[Side]] = frozenset({"coordinator"})
-_LENDER: Final[frozenset[Side]] = frozenset({"lender"})
-
-
-class Event(BaseModel):
-    """Something that happened; unknown fields are refused, values never change.
-
-    Attributes:
-        sides: Whose log may hold it.
-        type: The event's fixed name.
-        version: Of the event's fields; a later release that changes them counts it up.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    sides: ClassVar[frozenset[Side]] = _BOTH
-    type: str
-    version: int = 1
-
-
 # --- who takes part ---------------------------------------------------------------------------------------------
 
 
-class Enrolment(Event):
+class Enrolment(Event, frozen=True):
     """A lender joined: at the coordinator the member's keys, at the lender the federation's root."""
 
     type: Literal["enrolment"] = "enrolment"
@@ -121,7 +94,7 @@ class Enrolment(Event):
     root: Digest | None = Field(default=None, description="Fingerprint of the federation's root certificate.")
 
 
-class RosterVersion(Event):
+class RosterVersion(Event, frozen=True):
     """A version of the list of members was proposed, signed by its quorum, or pinned by a lender."""
 
     type: Literal["roster"] = "roster"
@@ -137,7 +110,7 @@ class RosterVersion(Event):
     changed: Names = ()
 
 
-class Rotation(Event):
+class Rotation(Event, frozen=True):
     """A key was replaced: the old one signs the new one.
 
     In the log of the member itself the entry's own signature, by the old key, is that signature; elsewhere it is
@@ -155,7 +128,7 @@ class Rotation(Event):
     proof: SignatureHex | None = None
 
 
-class Revocation(Event):
+class Revocation(Event, frozen=True):
     """A member or a key of it counts no more, from the round named on."""
 
     type: Literal["revocation"] = "revocation"
@@ -167,7 +140,7 @@ class Revocation(Event):
     from_round: Count | None = None
 
 
-class Approval(Event):
+class Approval(Event, frozen=True):
     """Someone allowed something by hand: a job, a member or a roster.
 
     Attributes:
@@ -186,7 +159,7 @@ class Approval(Event):
 # --- what was agreed --------------------------------------------------------------------------------------------
 
 
-class Policy(Event):
+class Policy(Event, frozen=True):
     """A lender's policy or a coordinator's configuration is in force, by its digest."""
 
     type: Literal["policy"] = "policy"
@@ -195,7 +168,7 @@ class Policy(Event):
     previous: Digest | None = None
 
 
-class PlanProposed(Event):
+class PlanProposed(Event, frozen=True):
     """A job's plan, as the coordinator stated it."""
 
     type: Literal["plan"] = "plan"
@@ -212,7 +185,7 @@ class PlanProposed(Event):
     least_cohort: Number
 
 
-class Consent(Event):
+class Consent(Event, frozen=True):
     """A lender took part in a job or did not: at the coordinator with the lender's signature."""
 
     type: Literal["consent"] = "consent"
@@ -228,7 +201,7 @@ class Consent(Event):
 # --- a round ----------------------------------------------------------------------------------------------------
 
 
-class Exchange(Event):
+class Exchange(Event, frozen=True):
     """One step of a round: what left or arrived, by digest."""
 
     type: Literal["exchange"] = "exchange"
@@ -242,10 +215,10 @@ class Exchange(Event):
     digest: Digest | None = Field(default=None, description="Of what was sent or received.")
 
 
-class RoundCompleted(Event):
+class RoundCompleted(Event, frozen=True):
     """A round gave a new model."""
 
-    sides = _COORDINATOR
+    sides = COORDINATOR
     type: Literal["round_completed"] = "round_completed"
     version: Literal[1] = 1
     job: JobId
@@ -259,10 +232,10 @@ class RoundCompleted(Event):
     transcript: Digest | None = None
 
 
-class RoundLost(Event):
+class RoundLost(Event, frozen=True):
     """A round was given up: nothing of it was published."""
 
-    sides = _COORDINATOR
+    sides = COORDINATOR
     type: Literal["round_lost"] = "round_lost"
     version: Literal[1] = 1
     job: JobId
@@ -273,7 +246,7 @@ class RoundLost(Event):
     reason: Reason
 
 
-class Refusal(Event):
+class Refusal(Event, frozen=True):
     """This side refused what was asked: the rule, the question's kind and the reason."""
 
     type: Literal["refusal"] = "refusal"
@@ -284,7 +257,7 @@ class Refusal(Event):
     job: JobId | None = None
 
 
-class Failure(Event):
+class Failure(Event, frozen=True):
     """Work was begun and did not succeed."""
 
     type: Literal["failure"] = "failure"
@@ -294,10 +267,10 @@ class Failure(Event):
     job: JobId | None = None
 
 
-class Budget(Event):
+class Budget(Event, frozen=True):
     """A lender's privacy budget moved. Only a lender's own log may hold this."""
 
-    sides = _LENDER
+    sides = LENDER
     type: Literal["budget"] = "budget"
     version: Literal[1] = 1
     action: Literal["reserve", "commit", "release"]
@@ -310,7 +283,7 @@ class Budget(Event):
     by_hand: bool = False
 
 
-class JobEnded(Event):
+class JobEnded(Event, frozen=True):
     """A job is over at this side."""
 
     type: Literal["job_ended"] = "job_ended"
@@ -322,10 +295,10 @@ class JobEnded(Event):
 # --- the model --------------------------------------------------------------------------------------------------
 
 
-class Candidate(Event):
+class Candidate(Event, frozen=True):
     """A job gave a model that may be released."""
 
-    sides = _COORDINATOR
+    sides = COORDINATOR
     type: Literal["candidate"] = "candidate"
     version: Literal[1] = 1
     job: JobId
@@ -333,7 +306,7 @@ class Candidate(Event):
     rounds: Count
 
 
-class Evaluation(Event):
+class Evaluation(Event, frozen=True):
     """A model was judged. At the coordinator: sums over the cohort, of three lenders and more."""
 
     type: Literal["evaluation"] = "evaluation"
@@ -358,10 +331,10 @@ class Evaluation(Event):
         return self
 
 
-class Gate(Event):
+class Gate(Event, frozen=True):
     """A model was held against the gate's rules."""
 
-    sides = _COORDINATOR
+    sides = COORDINATOR
     type: Literal["gate"] = "gate"
     version: Literal[1] = 1
     job: JobId
@@ -371,10 +344,10 @@ class Gate(Event):
     reason: Reason
 
 
-class Release(Event):
+class Release(Event, frozen=True):
     """A model went to the lenders."""
 
-    sides = _COORDINATOR
+    sides = COORDINATOR
     type: Literal["release"] = "release"
     version: Literal[1] = 1
     job: JobId
@@ -382,17 +355,17 @@ class Release(Event):
     num_lenders: Count
 
 
-class ModelKept(Event):
+class ModelKept(Event, frozen=True):
     """A lender keeps a model that it was sent."""
 
-    sides = _LENDER
+    sides = LENDER
     type: Literal["model_kept"] = "model_kept"
     version: Literal[1] = 1
     job: JobId
     model: Digest
 
 
-class Retirement(Event):
+class Retirement(Event, frozen=True):
     """A model is no longer to be used."""
 
     type: Literal["retirement"] = "retirement"
@@ -404,7 +377,7 @@ class Retirement(Event):
 # --- the evidence itself ----------------------------------------------------------------------------------------
 
 
-class Service(Event):
+class Service(Event, frozen=True):
     """This side started or stopped."""
 
     type: Literal["service"] = "service"
@@ -414,7 +387,7 @@ class Service(Event):
     snapshot: Digest | None = Field(default=None, description="Salted digest of the loans.")
 
 
-class Export(Event):
+class Export(Event, frozen=True):
     """Evidence or a model was written out for someone else."""
 
     type: Literal["export"] = "export"
@@ -424,7 +397,7 @@ class Export(Event):
     num_entries: Count | None = None
 
 
-class LogAccess(Event):
+class LogAccess(Event, frozen=True):
     """Someone read the log by a command of fedfin."""
 
     type: Literal["log_access"] = "log_access"
@@ -434,7 +407,7 @@ class LogAccess(Event):
     num_entries: Count
 
 
-class Incident(Event):
+class Incident(Event, frozen=True):
     """Something that should not happen: for the people who answer for it."""
 
     type: Literal["incident"] = "incident"
@@ -445,16 +418,16 @@ class Incident(Event):
     member: Name | None = None
 
 
-class Clock(Event):
+class Clock(Event, frozen=True):
     """The clock that stamps the entries, and how far it is known to be off."""
 
     type: Literal["clock"] = "clock"
     version: Literal[1] = 1
     source: Literal["system", "ntp", "coordinator"]
-    offset_ms: Annotated[int, Field(ge=-_LARGEST_COUNT, le=_LARGEST_COUNT)] | None = None
+    offset_ms: Annotated[int, Field(ge=-LARGEST_COUNT, le=LARGEST_COUNT)] | None = None
 
 
-class CheckpointSeen(Event):
+class CheckpointSeen(Event, frozen=True):
     """Another log's signed checkpoint: a lender's at the coordinator, the coordinator's at a lender."""
 
     type: Literal["checkpoint"] = "checkpoint"
@@ -465,7 +438,7 @@ class CheckpointSeen(Event):
     cosigned: bool = Field(default=False, description="Whether this side cosigned it.")
 
 
-class Fork(Event):
+class Fork(Event, frozen=True):
     """Two signed checkpoints of one log that cannot both be true: the proof is kept whole."""
 
     type: Literal["fork"] = "fork"
@@ -476,7 +449,7 @@ class Fork(Event):
     reason: Reason
 
 
-class Pruned(Event):
+class Pruned(Event, frozen=True):
     """Bodies of entries were erased; their hashes stay.
 
     Attributes:
@@ -492,7 +465,7 @@ class Pruned(Event):
     retention: Label
 
 
-class Seal(Event):
+class Seal(Event, frozen=True):
     """A finished run's manifest was signed."""
 
     type: Literal["seal"] = "seal"
@@ -501,7 +474,7 @@ class Seal(Event):
     manifest: Digest
 
 
-class UnknownEvent(Event):
+class UnknownEvent(Event, frozen=True):
     """An event of a later release: its fields are kept as canonical JSON and mean nothing here.
 
     Attributes:
@@ -546,38 +519,3 @@ _KNOWN: Final[tuple[type[Event], ...]] = (
 
 EVENT_TYPES: Final[dict[str, type[Event]]] = {str(kind.model_fields["type"].default): kind for kind in _KNOWN}
 """Every event of this release by its `type`."""
-
-
-def salted_digest(salt: bytes, content: bytes) -> str:
-    """Return the HMAC-SHA256 of `content` under `salt`, hex: without the salt nobody can confirm a guess.
-
-    Args:
-        salt: 16 bytes and more, secret; erase it to erase what the digest stands for.
-        content: What the digest stands for.
-
-    Raises:
-        ValueError: The salt is too short to keep a guess from being tried.
-    """
-    if len(salt) < 16:
-        msg = f"a salt of {len(salt)} bytes can be guessed; use 16 and more from `secrets`"
-        raise ValueError(msg)
-    return hmac.new(salt, content, hashlib.sha256).hexdigest()
-
-
-def real(value: float) -> str:
-    """Return a finite number as the text an event holds: the shortest that gives the same float64 again.
-
-    Raises:
-        ValueError: The number is not finite.
-    """
-    if not math.isfinite(value):
-        msg = f"{value} cannot be logged; log numbers that are finite"
-        raise ValueError(msg)
-    text = repr(float(value))
-    return text.removesuffix(".0")
-
-
-def bounded(text: str) -> str:
-    """Return a reason as an event may hold it: one line, at most 500 characters, the rest cut with an ellipsis."""
-    line = " ".join(re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", " ", text).split()) or "not said"
-    return line if len(line) <= _REASON_LENGTH else line[: _REASON_LENGTH - 1] + "\u2026"

@@ -21,11 +21,11 @@ from fedfin.audit import merkle
 from fedfin.audit.checkpoint import (
     Checkpoint,
     NoteKey,
-    parse_checkpoint,
     sign,
     signature_lines,
     verify_note,
 )
+from fedfin.audit.ending import check_ending
 from fedfin.audit.entry import event_json, parse_leaf, signed_leaves, utc_now
 from fedfin.audit.events import Event, Pruned, Rotation, Side, UnknownEvent
 from fedfin.audit.logfile import connect, create_file
@@ -81,7 +81,7 @@ class AuditLog(LogReader):
         self._key = key
         self._queue = _Queue()
         self._tail = _Tail(-1, [])
-        self._check_tail()
+        check_ending(self, key.public_key())
 
     @classmethod
     def create(cls, path: Path, *, origin: str, actor: str, key: Ed25519PrivateKey, side: Side) -> Self:
@@ -313,15 +313,16 @@ class AuditLog(LogReader):
 
     def _insert(self, tail: _Tail, texts: Sequence[str]) -> None:
         leaves: list[tuple[int, bytes]] = []
+        bodies: list[tuple[int, bytes]] = []
         nodes: list[tuple[int, int, bytes]] = []
 
         def write(level: int, index: int, found: bytes) -> None:
             nodes.append((level, index, found))
 
         signed = signed_leaves(tail.size, utc_now(), self.actor, texts, key=self._key, origin=self.origin)
-        bodies = list(enumerate(signed, tail.size))
-        for index, body in bodies:
+        for index, body in enumerate(signed, tail.size):
             leaf = merkle.leaf_hash(body)
+            bodies.append((index, body))
             leaves.append((index, leaf))
             merkle.grow(tail.edge, index, leaf, write)
         tail.size += len(bodies)
@@ -356,7 +357,7 @@ class AuditLog(LogReader):
                     " owner"
                 )
                 raise AuditError(msg)
-            return _Tail(size, merkle.edge(self._node, size))
+            return _Tail(size, merkle.edge(self.node, size))
         return _Tail(size, list(self._tail.edge))
 
     def _roll_back(self) -> None:
@@ -378,46 +379,6 @@ class AuditLog(LogReader):
         if not ranges:
             msg = f"no entries of {self.path} are named; nothing is erased"
             raise AuditError(msg)
-
-    def _check_tail(self) -> None:
-        """Check what is cheap to check: the end of the log against its tree, its key and its last checkpoint."""
-        size = self.size
-        tail = _Tail(size, merkle.edge(self._node, size))
-        if self.public_key.public_bytes_raw() != self._key.public_key().public_bytes_raw():
-            msg = f"the key is not the one that signs {self.path}; open the log with the key of its owner"
-            raise AuditError(msg)
-        start = 0
-        for level in reversed(range(size.bit_length())):
-            if size >> level & 1:
-                self._check_right_side(level, start >> level)
-                start += 1 << level
-        if size:
-            body = self.body(size - 1)
-            if body is not None and merkle.leaf_hash(body) != self._node(0, size - 1):
-                raise self._broken(f"entry {size - 1} is not what its hash says")
-        rows = self._rows("SELECT size, note FROM checkpoint ORDER BY size DESC LIMIT 1")
-        if rows and rows[0][0] > size:
-            raise self._broken(f"it signed a checkpoint of {rows[0][0]} entries and holds {size}")
-        if rows and parse_checkpoint(rows[0][1]).root != self.root(rows[0][0]):
-            raise self._broken(f"its tree is not the one of its checkpoint of {rows[0][0]} entries")
-        beyond = self._rows("SELECT count(*) FROM node WHERE level = 1 AND idx >= ?", size // 2)[0][0]
-        if beyond or self._rows("SELECT 1 FROM body WHERE idx >= ? LIMIT 1", size):
-            raise self._broken("it holds parts of entries that are gone")
-        self._tail = tail
-
-    def _check_right_side(self, level: int, index: int) -> None:
-        """Hold a complete subtree against its right side, down to the last leaf."""
-        while level:
-            children = self._node(level - 1, 2 * index), self._node(level - 1, 2 * index + 1)
-            if merkle.node_hash(*children) != self._node(level, index):
-                raise self._broken(f"hash {index} of level {level} does not fit those below it")
-            level, index = level - 1, 2 * index + 1
-
-    def _broken(self, what: str) -> AuditError:
-        return AuditError(
-            f"{self.path}: {what}; it was changed or restored from an older copy: see `fedfin audit verify`, and tell"
-            " those who cosign it"
-        )
 
     def _failed(self, error: sqlite3.Error) -> AuditError:
         return AuditError(

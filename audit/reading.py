@@ -75,7 +75,24 @@ class LogReader:
         Raises:
             AuditError: The log has fewer entries, or cannot be read.
         """
-        return merkle.root(merkle.edge(self._node, self._size(size)))
+        return merkle.root(merkle.edge(self.node, self._size(size)))
+
+    def node(self, level: int, index: int) -> bytes:
+        """Return the stored hash of a complete subtree; level 0 are the leaves.
+
+        Raises:
+            AuditError: The log holds no such hash.
+        """
+        if level:
+            rows = self._rows("SELECT hash FROM node WHERE level = ? AND idx = ?", level, index)
+        else:
+            rows = self._rows("SELECT leaf FROM entry WHERE idx = ?", index)
+        if not rows:
+            what = f"entry {index}" if not level else f"hash {index} of level {level}"
+            msg = f"{self.path} holds no {what}; name one that it has, or restore the log from its backup"
+            raise AuditError(msg)
+        found: bytes = rows[0][0]
+        return found
 
     def leaf_hash(self, index: int) -> bytes:
         """Return the hash of an entry.
@@ -83,7 +100,7 @@ class LogReader:
         Raises:
             AuditError: There is no such entry.
         """
-        return self._node(0, index)
+        return self.node(0, index)
 
     def body(self, index: int) -> bytes | None:
         """Return the bytes of an entry; None where its body was erased.
@@ -91,7 +108,7 @@ class LogReader:
         Raises:
             AuditError: There is no such entry.
         """
-        self._node(0, index)
+        self.node(0, index)
         rows = self._rows("SELECT content FROM body WHERE idx = ?", index)
         return rows[0][0] if rows else None
 
@@ -140,7 +157,7 @@ class LogReader:
         Raises:
             AuditError: There is no such entry in a log of that size.
         """
-        return merkle.inclusion(self._node, index, self._size(size))
+        return merkle.inclusion(self.node, index, self._size(size))
 
     def consistency(self, old: int, new: int | None = None) -> tuple[bytes, ...]:
         """Return the proof that the log of `new` entries begins with that of `old`.
@@ -148,7 +165,7 @@ class LogReader:
         Raises:
             AuditError: The log was never that long, or `old` is larger.
         """
-        return merkle.consistency(self._node, old, self._size(new))
+        return merkle.consistency(self.node, old, self._size(new))
 
     def checkpoints(self) -> Iterator[tuple[int, str]]:
         """Give the size and the note of each stored checkpoint, the smallest first, with the log's signature only."""
@@ -175,10 +192,15 @@ class LogReader:
             raise AuditError(msg)
         return add_signatures(rows[0][0], self.cosignatures(size).values())
 
+    def last_signed(self) -> tuple[int, str] | None:
+        """Return the size and note of the longest checkpoint, without cosignatures; None where there is none."""
+        rows = self._rows("SELECT size, note FROM checkpoint ORDER BY size DESC LIMIT 1")
+        return (rows[0][0], rows[0][1]) if rows else None
+
     def latest_checkpoint(self) -> str | None:
         """Return the longest checkpoint with its cosignatures; None where there is none."""
-        rows = self._rows("SELECT max(size) FROM checkpoint")
-        return None if rows[0][0] is None else self.note(rows[0][0])
+        last = self.last_signed()
+        return None if last is None else self.note(last[0])
 
     def final_checkpoint(self, threshold: int) -> str | None:
         """Return the longest checkpoint that at least `threshold` witnesses cosigned; None where there is none."""
@@ -197,18 +219,6 @@ class LogReader:
             msg = f"{self.path} has {held} entries, not {size}; name a size up to that"
             raise AuditError(msg)
         return size
-
-    def _node(self, level: int, index: int) -> bytes:
-        if level:
-            rows = self._rows("SELECT hash FROM node WHERE level = ? AND idx = ?", level, index)
-        else:
-            rows = self._rows("SELECT leaf FROM entry WHERE idx = ?", index)
-        if not rows:
-            what = f"entry {index}" if not level else f"hash {index} of level {level}"
-            msg = f"{self.path} holds no {what}; name one that it has, or restore the log from its backup"
-            raise AuditError(msg)
-        found: bytes = rows[0][0]
-        return found
 
     def _rows(self, query: str, *values: int | str | bytes) -> list[Any]:
         try:

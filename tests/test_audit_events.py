@@ -87,7 +87,7 @@ def test_an_entry_comes_back_from_its_leaf_and_its_signature_holds(event):
 
 def test_a_batch_of_leaves_is_the_same_one_by_one():
     texts = [event_json(event) for event in EVENTS] * 20
-    many = signed_leaves(5, TIME, "coordinator", texts, key=KEY, origin=ORIGIN)
+    many = list(signed_leaves(5, TIME, "coordinator", texts, key=KEY, origin=ORIGIN))
     assert many == [entry(EVENTS[at % len(EVENTS)], seq=5 + at).to_leaf() for at in range(len(texts))]
     for leaf in many:
         message, signature = signed_part(leaf, ORIGIN)

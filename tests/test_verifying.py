@@ -6,7 +6,7 @@ import pytest
 from audit_logs import ORIGIN, changed, new_log, round_event, rows
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedfin.audit import contents, entry, merkle, verifying
+from fedfin.audit import contents, entry, merkle, tree
 from fedfin.audit.checkpoint import Checkpoint, add_signatures, cosign, fingerprint, sign
 from fedfin.audit.entry import event_json, signed_leaves
 from fedfin.audit.events import Budget, Clock, Pruned, Rotation
@@ -66,8 +66,8 @@ def cosigned(whole):
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
     """So that 300 entries are several batches, the last one not whole."""
-    monkeypatch.setattr(verifying, "_BATCH_LEVELS", 5)
-    monkeypatch.setattr(verifying, "_BATCH", 32)
+    monkeypatch.setattr(tree, "_BATCH_LEVELS", 5)
+    monkeypatch.setattr(tree, "_BATCH", 32)
     monkeypatch.setattr(contents, "_BATCH", 32)
 
 
@@ -90,7 +90,7 @@ def bodies_of(path):
 
 
 def leaf(event, seq, key, *, time="2026-11-24T18:19:06.928Z", actor="coordinator", origin=ORIGIN):
-    return signed_leaves(seq, time, actor, [event_json(event)], key=key, origin=origin)[0]
+    return next(signed_leaves(seq, time, actor, [event_json(event)], key=key, origin=origin))
 
 
 def test_a_whole_log_holds_and_the_report_says_what_was_checked(path, trust, cosigned):
@@ -517,8 +517,15 @@ def test_a_clock_that_went_back_is_said_unless_it_was_explained(tmp_path, key, m
 def test_entries_of_a_later_release_are_counted_and_hold(tmp_path, key):
     path = tmp_path / "audit.db"
     new_log(path, key).close()
-    later = signed_leaves(
-        0, entry.utc_now(), "coordinator", ['{"a":[1],"type":"merger","version":3}'], key=key, origin=ORIGIN
+    later = list(
+        signed_leaves(
+            0,
+            entry.utc_now(),
+            "coordinator",
+            ['{"a":[1],"type":"merger","version":3}'],
+            key=key,
+            origin=ORIGIN,
+        )
     )
     rewritten(path, later)
     report = verify_log(path)
