@@ -458,6 +458,7 @@ def right_question(bench, kind):
 
 def samples(bench):
     """One real message of each kind."""
+    bench.new_job()  # what was fuzzed before may have ended the job
     running = BenchSum(bench)
     found = [bench.proposal()]
     for step in BenchSum.STEPS:
