@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,11 +29,20 @@ _SALT_BYTES: Final = 32
 
 
 class LenderFolder:
-    """Where a lender's files are; opening it reads bank.yaml and schema.yaml, nothing else."""
+    """Where a lender's files are; opening it reads bank.yaml, nothing else."""
 
-    def __init__(self, config_path: Path) -> None:
+    def __init__(self, config_path: Path, *, without: Collection[str] = ()) -> None:
+        """Read bank.yaml.
+
+        Args:
+            config_path: The file.
+            without: Sections of it that are not looked at, for looks at the folder that do not need them.
+
+        Raises:
+            ConfigError: It does not hold; names every wrong key.
+        """
         self.config_path = config_path.resolve()
-        self.config = load_config(config_path, LenderConfig)
+        self.config = load_config(config_path, LenderConfig, without=without)
         self.directory = self.config_path.parent
         self.root_path = self.directory / "ca.pem"
         self.models_path = self.directory / "models"

@@ -139,7 +139,11 @@ class Lender:
             except FedfinError as error:
                 answer = encode(self._refuse(question, error))
             self._folder.journal.flush()  # what is not logged does not leave
-            return self._witness.attach(answer, self._signature(question, answer)) if question.witness else answer
+            return (
+                self._witness.attach(answer, self._signature(question, answer))
+                if question.witness
+                else answer
+            )
 
     def evaluate_pending(self) -> int:
         """Judge every model that was received and not yet judged; return how many."""
@@ -321,6 +325,11 @@ class Lender:
             JobEnded(job=question.job_id, status=question.status),
         )
         self.job_id = None
+        if question.status == "abandoned":
+            self._say(
+                f"job {question.job_id} is over without a model; what it had reserved of the budget and not spent is"
+                " free again"
+            )
         return Done(question.job_id)
 
     def _has_model_of(self, job_id: str) -> bool:

@@ -1,5 +1,6 @@
 """`fedfin client status`: what this lender did, spent and got; read from its own folder, nothing is sent."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ __all__ = ["release_job", "status_of"]
 def status_of(config_path: Path) -> dict[str, Any]:
     """Return a document with the lender's budget per snapshot, its models and its roster.
 
+    Where a key of the policy or of the held-out loans is wrong, all is shown but what depends on the limit, which is
+    None then, and `config_error` names the key. What was spent is stated at the default delta.
+
     Raises:
-        ConfigError: bank.yaml does not hold, or a kept file is damaged.
+        ConfigError: Another section of bank.yaml does not hold, or a kept file is damaged.
         LedgerError: The ledger cannot be read.
     """
-    folder = LenderFolder(config_path)
+    folder, fault = _opened(config_path)
     policy = folder.config.policy
     delta = policy.max_delta
     snapshots: list[dict[str, Any]] = []
@@ -49,7 +53,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
                         "together_rdp": held.epsilon_rdp,
                         "together_pld": held.epsilon_pld,
                         "borrower_pld": borrower_epsilons(spent.events, delta),
-                        "filter": _filter_of(ledger, snapshot, spent, policy),
+                        "filter": None if fault else _filter_of(ledger, snapshot, spent, policy),
                     }
                 )
     models: list[dict[str, Any]] = []
@@ -69,12 +73,13 @@ def status_of(config_path: Path) -> dict[str, Any]:
             }
         )
     return {
+        "config_error": fault,
         "jobs": jobs,
         "held": _held(folder),
         "name": folder.config.name,
         "federation": folder.config.federation,
         "coordinator": folder.config.coordinator,
-        "epsilon_limit": policy.epsilon_limit,
+        "epsilon_limit": None if fault else policy.epsilon_limit,
         "snapshots": snapshots,
         "models": models,
         "roster": _roster_of(folder),
@@ -107,6 +112,16 @@ def _log_of(folder: LenderFolder) -> dict[str, Any]:
         "cosigned": cosigned,
         "forks": [str(path) for path in open_forks(folder)],
     }
+
+
+def _opened(config_path: Path) -> tuple[LenderFolder, str]:
+    """Return the folder, and what is wrong with bank.yaml that a look can do without; empty where nothing is."""
+    try:
+        return LenderFolder(config_path), ""
+    except ConfigError as error:
+        with contextlib.suppress(ConfigError):
+            return LenderFolder(config_path, without=("policy", "holdout")), str(error)
+        raise
 
 
 def _roster_of(folder: LenderFolder) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def status(
     json_out: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show this lender's jobs, budget and models; nothing is sent."""
+    """Show this lender's jobs, budget and models; nothing is sent. Exit 1 if a key of bank.yaml is wrong."""
 
     def work() -> None:
         from fedfin.client.status import status_of
@@ -125,6 +125,8 @@ def status(
             print_json(document)
         else:
             _show_status(document)
+        if document["config_error"]:
+            raise SystemExit(1)
 
     guarded(work, json_out=json_out, debug=debug)
 
@@ -216,13 +218,18 @@ def _counts(column: Any) -> tuple[int, ...]:  # noqa: ANN401  (as above)
 
 def _show_status(document: dict[str, Any]) -> None:
     say(f"{document['name']} in {document['federation']}, coordinator {document['coordinator']}")
+    if document["config_error"]:
+        say(
+            f"{document['config_error']}. Until it is mended this lender takes no part and its limit is not known",
+            style="bold red",
+        )
     log = document["log"]
     say(f"log: {log['entries']} entries; cosigned last of the coordinator's: {log['cosigned'] or 'nothing'}")
     for fork in log["forks"]:
         say(f"the coordinator showed a log that cannot be its own ({fork}): `fedfin client clear-fork`")
     own, change = document["roster"]["pinned"], document["roster"]["pending"]
     if own is not None:
-        say(f"pinned roster: version {own['number']}, {own['digest'][:12]}, {len(own['members'])} members")
+        say(f"pinned roster: version {own['number']}, {own['digest']}, {len(own['members'])} members")
     if change is not None and change["approved"]:
         waits = ", ".join(change["waits_for"])
         say(
@@ -230,7 +237,7 @@ def _show_status(document: dict[str, Any]) -> None:
         )
     elif change is not None:
         say(
-            f"version {change['number']} of the roster, {change['digest'][:12]}, waits for approval: look at it and"
+            f"version {change['number']} of the roster, {change['digest']}, waits for approval: look at it and"
             " sign it with `fedfin client approve-roster`",
             style="yellow",
         )
@@ -240,10 +247,13 @@ def _show_status(document: dict[str, Any]) -> None:
             f" and approve it with `fedfin client approve-job {job['job']}`",
             style="yellow",
         )
+    limit = "" if document["config_error"] else f" {document['epsilon_limit']:g}"
     for snapshot in document["snapshots"]:
         held = snapshot["filter"]
         used = (
-            "the limit admits nothing at any order"
+            "not known until bank.yaml is mended"
+            if document["config_error"]
+            else "the limit admits nothing at any order"
             if held is None
             else held["why_nothing"]
             or f"{held['share_spent']:.1%} of the limit is spent and {held['share_reserved']:.1%} reserved (Renyi"
@@ -254,7 +264,7 @@ def _show_status(document: dict[str, Any]) -> None:
         _, two, three = snapshot["borrower_pld"]
         say(
             f"budget of {'held-out loans' if snapshot['held_out'] else 'loans'} {snapshot['snapshot'][:12]}, epsilon"
-            f" limit {document['epsilon_limit']:g}: {used}; spent so far: epsilon {snapshot['epsilon_pld']:.3f} by PLD"
+            f" limit{limit}: {used}; spent so far: epsilon {snapshot['epsilon_pld']:.3f} by PLD"
             f" ({snapshot['epsilon_rdp']:.3f} by RDP), and"
             f" {snapshot['together_pld']:.3f} ({snapshot['together_rdp']:.3f}) with what is reserved, at delta"
             f" {snapshot['delta']:g}, for one loan added or removed; a borrower with a loan at 2 | 3 lenders:"

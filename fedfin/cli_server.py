@@ -1,6 +1,5 @@
 """`fedfin server`: the coordinator's commands."""
 
-import json
 import signal
 import sys
 from collections.abc import Mapping
@@ -94,7 +93,7 @@ def init(
                 {"config": str(federation.config_path), "fingerprint": fingerprint, "address": address}
             )
             return
-        say(f"the federation {name} is made in {directory}")
+        say(f"made a federation named {name} in {directory}")
         say(f"root fingerprint (SHA-256): {fingerprint}")
         say(f"next: look at {federation.config_path} and schema.yaml, then invite each lender:")
         say(f"    fedfin server invite NAME --config {federation.config_path}")
@@ -201,7 +200,9 @@ def remove(
         federation = open_federation(chosen(context, config, _DEFAULT))
         with federation.log() as log:
             revoke(federation.store, log, name, reason)
-        say(f"{name} is removed, at once; the next version of the roster leaves it out. The name can be invited again.")
+        say(
+            f"{name} is removed, at once; the next version of the roster leaves it out. The name can be invited again."
+        )
 
     guarded(work, debug=debug)
 
@@ -213,31 +214,18 @@ def status(
     json_out: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show the federation's jobs: how far each is, who took part, who still waits for the model."""
+    """Show the federation's jobs: how far each is or how it ended, who refused and why, who still waits for the end."""
 
     def work() -> None:
         from fedfin.server.founding import open_federation
         from fedfin.server.log_status import log_status
+        from fedfin.server.status import status_of
 
         federation = open_federation(chosen(context, config, _DEFAULT))
-        store = federation.store
-        log = log_status(federation.log_path, [member.name for member in store.members()])
-        jobs: list[dict[str, Any]] = []
-        for job in store.jobs():
-            checkpoint = store.checkpoint(job.job_id)
-            jobs.append(
-                {
-                    "job": job.job_id,
-                    "status": job.status,
-                    "round": checkpoint.round if checkpoint else None,
-                    "of": json.loads(job.plan)["training"]["rounds"],
-                    "lenders": sorted(store.weights(job.job_id)),
-                    "undelivered": list(store.undelivered(job.job_id)) if job.status != "running" else [],
-                    "created": job.created_at,
-                }
-            )
+        log = log_status(federation.log_path, [member.name for member in federation.store.members()])
+        document = {**status_of(federation.store), "log": log}
         if json_out:
-            print_json({"jobs": jobs, "log": log})
+            print_json(document)
             return
         if log is not None:
             final = "no checkpoint is" if log["final"] is None else f"{log['final']} are"
@@ -245,21 +233,34 @@ def status(
                 f"log: {log['entries']} entries; {final} final ({log['quorum']} cosignatures); the last checkpoint, of"
                 f" {log['checkpoint'] or 0}, has those of {', '.join(log['cosigned_by']) or 'nobody'}"
             )
-        rows = [
-            [
-                job["job"],
-                "unfinished" if job["status"] == "running" else job["status"],
-                f"{job['round'] if job['round'] is not None else '-'}/{job['of']}",
-                str(len(job["lenders"])),
-                ", ".join(job["undelivered"]) or "-",
-            ]
-            for job in jobs
-        ]
-        print_table(
-            "jobs", ["job", "status", "round", "lenders", "still without the model"], rows, numeric_from=2
-        )
+        _show_jobs(document["jobs"])
 
     guarded(work, json_out=json_out, debug=debug)
+
+
+def _show_jobs(jobs: list[dict[str, Any]]) -> None:
+    """Print every job's line, and of the last one how it ended and who refused."""
+    rows = [
+        [
+            job["job"],
+            job["state"],
+            f"{job['round'] if job['round'] is not None else '-'}/{job['of']}",
+            str(len(job["lenders"])),
+            str(len(job["refused"])),
+            ", ".join(job["undelivered"]) or "-",
+        ]
+        for job in jobs
+    ]
+    print_table(
+        "jobs", ["job", "state", "round", "lenders", "refused", "not told of the end"], rows, numeric_from=2
+    )
+    if not jobs:
+        return
+    last = jobs[-1]
+    if last["reason"]:
+        say(f"{last['job']} {last['state']}: {last['reason']}", style="yellow")
+    for name, reason in last["refused"].items():
+        say(f"{name} takes no part in {last['job']}: {reason}", style="yellow")
 
 
 def _run(config: Path, *, new_job: bool, enrol_only: bool, json_out: bool) -> None:
@@ -337,6 +338,11 @@ class _View:
                 )
             case "delivering":
                 self._line(f"the model waits for {', '.join(event['for'])}, {event['seconds']:.0f} s at most")
+            case "giving_up":
+                self._line(
+                    f"waiting for {', '.join(event['for'])}, {event['seconds']:.0f} s at most, to tell them that the"
+                    " job is over"
+                )
             case "delivered" if event["missing"]:
                 self._line(
                     f"still without the model: {', '.join(event['missing'])}; run `fedfin server` again later",
@@ -370,6 +376,12 @@ class _View:
                 self._line(
                     f"{event['lender']} enrolled after this job was proposed; it waits for the next one"
                 )
+            case "given_up":
+                told = f"told {', '.join(event['told'])}" if event["told"] else "nobody was told"
+                away = (
+                    f"; {', '.join(event['missing'])} will be when they are back" if event["missing"] else ""
+                )
+                self._line(f"job {event['job']} is given up; {told}{away}", style="yellow")
             case "evaluated":
                 auroc = event["figures"].get("auroc")
                 found = "noise hides the AUROC"

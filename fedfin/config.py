@@ -11,7 +11,14 @@ from fedfin.invitation import LENDER_NAME_PATTERN
 from fedfin.lender_policy import LenderPolicy
 from fedfin.plan import JobPlan, Section
 
-__all__ = ["DataSource", "EvidenceConfig", "FederationConfig", "HoldoutConfig", "LenderConfig", "LenderPolicy"]
+__all__ = [
+    "DataSource",
+    "EvidenceConfig",
+    "FederationConfig",
+    "HoldoutConfig",
+    "LenderConfig",
+    "LenderPolicy",
+]
 
 
 _ADDRESS = r"^[A-Za-z0-9_.:\[\]-]+:[0-9]{1,5}$"

@@ -70,6 +70,10 @@ class QuorumError(FedfinError):
     """Fewer lenders than the quorum took part."""
 
 
+class JobOverError(QuorumError):
+    """The job cannot go on, whatever its lenders do now: it is given up, and only another job can be run."""
+
+
 class ProtocolRefusalError(FedfinError):
     """A message of the secure sum breaks a rule: nothing is revealed, and this side answers no more of that sum.
 

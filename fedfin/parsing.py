@@ -1,6 +1,6 @@
 """A YAML file into a pydantic model, once: unknown and repeated keys refused, a wrong value named with its mend."""
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +17,13 @@ __all__ = ["load_config", "parse_yaml"]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-def load_config(path: Path, model: type[ModelT]) -> ModelT:
+def load_config(path: Path, model: type[ModelT], *, without: Collection[str] = ()) -> ModelT:
     """Read and check a configuration file.
 
     Args:
         path: A YAML file.
         model: The pydantic model it must fit.
+        without: Sections that are not looked at, as if the file did not have them.
 
     Raises:
         ConfigError: Names the file, every wrong key, the value seen and the mend.
@@ -35,11 +36,11 @@ def load_config(path: Path, model: type[ModelT]) -> ModelT:
     except (OSError, UnicodeDecodeError) as error:
         msg = f"{path} cannot be read: {error}"
         raise ConfigError(msg) from error
-    return parse_yaml(text, model, origin=str(path))
+    return parse_yaml(text, model, origin=str(path), without=without)
 
 
-def parse_yaml(text: str, model: type[ModelT], *, origin: str) -> ModelT:
-    """Parse YAML text into `model`; `origin` names it in errors.
+def parse_yaml(text: str, model: type[ModelT], *, origin: str, without: Collection[str] = ()) -> ModelT:
+    """Parse YAML text into `model`; `origin` names it in errors, `without` as in `load_config`.
 
     Raises:
         ConfigError: As `load_config`.
@@ -60,7 +61,7 @@ def parse_yaml(text: str, model: type[ModelT], *, origin: str) -> ModelT:
         msg = f"{origin} does not hold keys and values; start from the example that `fedfin` writes"
         raise ConfigError(msg)
     try:
-        return model.model_validate(data)
+        return model.model_validate({key: data[key] for key in data if key not in without})
     except ValidationError as error:
         problems = [_explain(detail, model) for detail in error.errors(include_url=False)]
         msg = f"{origin}: " + "; ".join(problems)

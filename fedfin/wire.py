@@ -9,6 +9,7 @@ from typing import Final
 
 from flwr.app import ConfigRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.logger import update_console_handler
 
 from fedfin.errors import LinkError
 from fedfin.update import (
@@ -26,7 +27,7 @@ from fedfin.update import (
     Unmask,
 )
 
-__all__ = ["MESSAGE_TYPES", "THIN_BUNDLE_NAME", "from_record", "pull_soon", "to_record"]
+__all__ = ["MESSAGE_TYPES", "THIN_BUNDLE_NAME", "from_record", "plain_log", "pull_soon", "to_record"]
 
 _RECORD: Final = "fedfin"
 _KEY: Final = "message"
@@ -48,6 +49,11 @@ MESSAGE_TYPES: Final[dict[type[Message], str]] = {
 
 THIN_BUNDLE_NAME: Final = "fedfin-no-code"
 """Name of the bundle that Flower wants for a run; it carries no code and lenders never fetch it."""
+
+
+def plain_log() -> None:
+    """Let Flower log without the codes of colours, which would stand in a log file; it asks no environment variable."""
+    update_console_handler(colored=False)
 
 
 def pull_soon(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:

@@ -16,7 +16,6 @@ itself: who gives its shares back cannot alter what it committed to. All such ar
 """
 
 from collections.abc import Container, Mapping, Sized
-from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -26,14 +25,12 @@ from fedfin.errors import RoundAbortedError
 from fedfin.privacy.masks import Mask, add_masks
 from fedfin.privacy.shamir import combine, is_share
 from fedfin.privacy.sum_context import SumContext, asked_digest
-from fedfin.privacy.sum_keys import exchanged, own_mask, pair_mask, private_key
+from fedfin.privacy.sum_keys import check_public, exchanged, own_mask, pair_mask, private_key
 from fedfin.privacy.sum_messages import Advert, secret_commitment, verify_confirmation
 from fedfin.privacy.sum_rules import refusal
 from fedfin.privacy.sum_shares import COMMITMENTS_BYTES, MASK_KEY, OWN_MASK, SEALED_BYTES, is_committed
 
 __all__ = ["Combiner"]
-
-_ANY_KEY: Final = private_key(bytes(32))  # clamped: its exchange fails for keys of low order only
 
 
 class Combiner:
@@ -56,7 +53,8 @@ class Combiner:
         self._roster = {name: roster[name] for name in context.cohort}
         self._size = size
         self._adverts: dict[str, Advert] = {}
-        self._sealed: dict[str, dict[str, bytes]] = {}  # by sender, then receiver
+        self._sharers: dict[str, None] = {}  # in the order in which they shared
+        self._sealed: dict[str, dict[str, bytes]] = {}  # by receiver, then sender
         self._sum: NDArray[np.uint32] | None = None
         self._folded: set[str] = set()
         self._confirmations: dict[str, bytes] = {}
@@ -75,7 +73,7 @@ class Combiner:
     @property
     def sharers(self) -> frozenset[str]:
         """Who shared so far."""
-        return frozenset(self._sealed)
+        return frozenset(self._sharers)
 
     @property
     def survivors(self) -> frozenset[str]:
@@ -110,7 +108,7 @@ class Combiner:
         ):
             raise refusal("repeated_keys", f"{name} uses a key that is in use")
         for key in (parsed.channel_key, parsed.mask_key):
-            exchanged(_ANY_KEY, key, name)
+            check_public(key, name)
         parsed.verify(self._digest, name, self._roster[name])
         self._adverts[name] = parsed
 
@@ -133,11 +131,13 @@ class Combiner:
         _in_turn(self._opened and not self._shared, name, "shares")
         if name not in self._adverts:
             raise refusal("unenrolled", f"{name} did not open the sum")
-        _only_once(name, self._sealed, "shares")
+        _only_once(name, self._sharers, "shares")
         sizes = dict.fromkeys(self._adverts, SEALED_BYTES) | {name: COMMITMENTS_BYTES}
         if {receiver: len(data) for receiver, data in sealed.items()} != sizes:
             raise refusal("malformed", f"{name} did not send one sealed share to each lender that opened")
-        self._sealed[name] = dict(sealed)
+        self._sharers[name] = None
+        for receiver, data in sealed.items():
+            self._sealed.setdefault(receiver, {})[name] = data
 
     def sealed_for(self, name: str) -> dict[str, bytes]:
         """Return the sealed shares of every other sharer for a sharer, by sender; no more sharers are taken.
@@ -147,9 +147,9 @@ class Combiner:
             RoundAbortedError: Fewer than the threshold shared.
         """
         self._close_sharing()
-        if name not in self._sealed:
+        if name not in self._sharers:
             raise refusal("unenrolled", f"{name} did not share")
-        return {sender: sealed[name] for sender, sealed in self._sealed.items() if sender != name}
+        return {sender: data for sender, data in self._sealed[name].items() if sender != name}
 
     def ask(self, question: bytes) -> None:
         """Bind the question that every sharer is asked; once, before the first vector.
@@ -161,7 +161,7 @@ class Combiner:
         self._close_sharing()
         if self._asked:
             raise refusal("once", "one question is asked in a sum")
-        adverts = {name: self._adverts[name].to_bytes() for name in self._sealed}
+        adverts = {name: self._adverts[name].to_bytes() for name in self._sharers}
         self._asked = asked_digest(self._digest, question, adverts)
 
     def fold(self, name: str, values: NDArray[np.uint32]) -> None:
@@ -175,7 +175,7 @@ class Combiner:
             ProtocolRefusalError: Rules `order`, `vector`.
         """
         _in_turn(bool(self._asked) and not self._settled, name, "vector")
-        if name not in self._sealed or name in self._folded:
+        if name not in self._sharers or name in self._folded:
             raise refusal("vector", f"a vector of {name} is not awaited, or has arrived")
         if values.dtype != np.uint32 or values.shape != (self._size,):
             raise refusal("vector", f"the vector of {name} has shape {values.shape}, not ({self._size},)")
@@ -232,7 +232,7 @@ class Combiner:
         if name not in self._folded:
             raise refusal("unenrolled", f"{name} is not a survivor")
         _only_once(name, self._helpers, "shares")
-        if set(shares) != set(self._sealed) or not all(map(is_share, shares.values())):
+        if shares.keys() != self._sharers.keys() or not all(map(is_share, shares.values())):
             raise refusal("malformed", f"{name} did not give back one share of each sharer")
         self._helpers.add(name)
         point = self._context.index_of(name)
@@ -279,7 +279,7 @@ class Combiner:
         All are looked at before the sum aborts, so that every dealer at fault is known after one sum.
         """
         secrets: dict[str, bytes] = {}
-        for owner in self._sealed:
+        for owner in self._sharers:
             shares = self._shares.get(owner, {})
             points = sorted(shares)[: self._context.threshold]
             if len(points) < self._context.threshold:
@@ -295,7 +295,7 @@ class Combiner:
                 f"the shares that {names} handed out give no secret of the advert; try again without {names}"
             )
             raise RoundAbortedError(msg)
-        for owner in self._sealed:
+        for owner in self._sharers:
             self._check_enough(self._shares.get(owner, {}), f"gave back a right share of {owner}")
         return secrets
 
@@ -307,10 +307,10 @@ class Combiner:
 
     def _is_right(self, owner: str, holder: str, share: bytes) -> bool:
         kind = OWN_MASK if owner in self._folded else MASK_KEY
-        return is_committed(self._sealed[owner][holder], self._digest, owner, holder, kind, share)
+        return is_committed(self._sealed[holder][owner], self._digest, owner, holder, kind, share)
 
     def _close_sharing(self) -> None:
-        self._check_enough(self._sealed, "shared")
+        self._check_enough(self._sharers, "shared")
         self._shared = True
 
     def _check_enough(self, those: Sized, what: str) -> None:

@@ -27,6 +27,7 @@ from typing import Final, NoReturn, final
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
 from fedfin.errors import PrivacyParameterError
@@ -51,6 +52,7 @@ class _Secrets:
     channel_private: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     mask_private: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     own: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    keys: tuple[X25519PrivateKey, ...] = ()  # those of channel and masks, from open to share
     channels: dict[str, bytes] = field(default_factory=dict[str, bytes])  # exchanged, by peer
     pairs: dict[str, bytes] = field(default_factory=dict[str, bytes])  # exchanged, by peer
     held: dict[str, Dealt] = field(default_factory=dict[str, Dealt])
@@ -59,6 +61,7 @@ class _Secrets:
     def empty(self) -> None:
         # a traceback may hold this object a while longer
         self.channel_private = self.mask_private = self.own = b""
+        self.keys = ()
         for held in (self.channels, self.pairs, self.held):
             held.clear()
         self.masks.clear()
@@ -107,6 +110,7 @@ class Participant:
         self._sharers: frozenset[str] = frozenset()
         self._survivors: frozenset[str] = frozenset()
         self._asked = b""
+        self._confirmation = b""
 
     def __repr__(self) -> str:
         state = "ended" if self._secrets is None else f"{self._num_done} of {len(_STEPS)} steps"
@@ -123,12 +127,10 @@ class Participant:
             ProtocolRefusalError: The step was done already, or the sum has ended (rules `once`, `ended`).
         """
         with self._step("open") as own:
+            own.keys = private_key(own.channel_private), private_key(own.mask_private)
+            channel_key, mask_key = (key.public_key().public_bytes_raw() for key in own.keys)
             self._advert = (
-                Advert(
-                    private_key(own.channel_private).public_key().public_bytes_raw(),
-                    private_key(own.mask_private).public_key().public_bytes_raw(),
-                    secret_commitment(self._digest, self._name, own.own),
-                )
+                Advert(channel_key, mask_key, secret_commitment(self._digest, self._name, own.own))
                 .signed(self._digest, self._name, own.identity)
                 .to_bytes()
             )
@@ -161,6 +163,7 @@ class Participant:
                 split(own.own, threshold, size), split(own.mask_private, threshold, size), strict=True
             )
             own.mask_private = own.channel_private = b""
+            own.keys = ()
             return {
                 name: self._dealt(own, name, pair)
                 for name, pair in zip(self._context.cohort, pairs, strict=True)
@@ -237,7 +240,8 @@ class Participant:
             least = max(self._least, min_survivors)
             if len(self._survivors) < least:
                 raise refusal("too_few_survivors", f"{len(self._survivors)} lenders survived, not {least}")
-            return sign_confirmation(self._asked, self._survivors, own.identity)
+            self._confirmation = sign_confirmation(self._asked, self._survivors, own.identity)
+            return self._confirmation
 
     def unmask(self, confirmations: Mapping[str, bytes]) -> dict[str, bytes]:
         """Return one share of every sharer, and forget everything.
@@ -259,6 +263,8 @@ class Participant:
                 what = f"{len(confirmations)} lenders confirmed, not {self._context.threshold}"
                 raise refusal("too_few_confirmations", what)
             for name, confirmation in confirmations.items():
+                if name == self._name and confirmation == self._confirmation:
+                    continue  # made here, over these survivors
                 verify_confirmation(self._asked, self._survivors, name, self._roster[name], confirmation)
             # one or the other: both together would open a lender's vector
             released = {owner: pair[owner not in self._survivors] for owner, pair in own.held.items()}
@@ -302,7 +308,7 @@ class Participant:
         keys = [key for advert in adverts.values() for key in (advert.channel_key, advert.mask_key)]
         if len(set(keys)) != len(keys):
             raise refusal("repeated_keys", "two keys in the adverts are equal")
-        channel_private, mask_private = private_key(own.channel_private), private_key(own.mask_private)
+        channel_private, mask_private = own.keys
         for name, advert in adverts.items():
             if name != self._name:
                 advert.verify(self._digest, name, self._roster[name])

@@ -14,10 +14,39 @@ from fedfin.privacy.masks import Mask
 from fedfin.privacy.sum_context import framed
 from fedfin.privacy.sum_rules import refusal
 
-__all__ = ["channel_key", "exchanged", "own_mask", "pair_mask", "private_key"]
+__all__ = ["channel_key", "check_public", "exchanged", "own_mask", "pair_mask", "private_key"]
 
 _KEY_BYTES: Final = 32
 _CURVE_PRIME: Final = 2**255 - 19
+_LOW_ORDER: Final = frozenset(
+    {
+        0,
+        1,
+        _CURVE_PRIME - 1,
+        325606250916557431795983626356110631294008115727848805560023387167927233504,
+        39382357235489614581723060781553021112529911719440698176882885853963445705823,
+    }
+)
+"""The points of order 1, 2, 4 and 8 on Curve25519 and its twist, by their coordinate u."""
+
+
+def check_public(public: bytes, owner: str) -> None:
+    """Check that an exchange with this X25519 key gives a secret, as `exchanged` does, without making one.
+
+    Args:
+        public: The key, 32 bytes.
+        owner: Whose it is, for the message.
+
+    Raises:
+        ProtocolRefusalError: The key is not canonical, or of low order (rule `weak_key`).
+
+    Source: Bernstein, https://cr.yp.to/ecdh.html#validate; private keys are multiples of 8 (RFC 7748, section 5).
+    """
+    coordinate = int.from_bytes(public, "little")
+    if coordinate >= _CURVE_PRIME:
+        raise refusal("weak_key", f"a key of {owner} is not written canonically")
+    if coordinate in _LOW_ORDER:
+        raise refusal("weak_key", f"a key of {owner} has low order")
 
 
 def exchanged(private: X25519PrivateKey, public: bytes, owner: str) -> bytes:
@@ -32,11 +61,10 @@ def exchanged(private: X25519PrivateKey, public: bytes, owner: str) -> bytes:
         ProtocolRefusalError: The public key is not canonical, or of low order: everybody would know the secret (rule
             `weak_key`).
     """
-    if int.from_bytes(public, "little") >= _CURVE_PRIME:
-        raise refusal("weak_key", f"a key of {owner} is not written canonically")
+    check_public(public, owner)
     try:
         return private.exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:
+    except ValueError:  # an all-zero secret: OpenSSL looks for it as well
         raise refusal("weak_key", f"a key of {owner} has low order") from None
 
 

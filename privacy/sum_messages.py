@@ -6,6 +6,7 @@ Either form has one length and no options, so a parser has nothing to get wrong;
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -117,5 +118,6 @@ def verify_confirmation(
         raise refusal("confirmation", what) from None
 
 
+@lru_cache(maxsize=2)  # the same for every confirmation of a sum; nothing in it is secret
 def _confirmation_body(asked: bytes, survivors: frozenset[str]) -> bytes:
     return framed("survivors", asked, *(name.encode() for name in sorted(survivors)))

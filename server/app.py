@@ -47,7 +47,7 @@ from fedfin.server.sealing import seal_finished
 from fedfin.server.transcripts import Transcripts
 from fedfin.server.witnessing import WitnessedExchange
 from fedfin.update import Message, Refused, decode, encode
-from fedfin.wire import MESSAGE_TYPES, from_record, pull_soon, to_record
+from fedfin.wire import MESSAGE_TYPES, from_record, plain_log, pull_soon, to_record
 
 __all__ = ["EXIT_LINK_LOST", "GridExchange", "main"]
 
@@ -219,6 +219,7 @@ def run(grid: Grid, context: Context) -> None:
 
 def main() -> None:
     """Take a run from the SuperLink and execute the ServerApp; the supervisor's way of starting this process."""
+    plain_log()
     order = json.loads(sys.stdin.readline())
     _Order.current = order
     threading.Thread(target=_end_with_stdin, daemon=True).start()

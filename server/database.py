@@ -22,7 +22,7 @@ CREATE TABLE members (
     identity_key TEXT NOT NULL, witness_key TEXT NOT NULL, signature TEXT NOT NULL, joined_at TEXT NOT NULL);
 CREATE TABLE jobs (
     job_id TEXT PRIMARY KEY, plan TEXT NOT NULL, digest TEXT NOT NULL, status TEXT NOT NULL,
-    created_at TEXT NOT NULL);
+    created_at TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', began_at TEXT);
 CREATE TABLE checkpoints (
     job_id TEXT PRIMARY KEY REFERENCES jobs, round INTEGER NOT NULL, bins TEXT NOT NULL,
     fingerprint TEXT NOT NULL, weights BLOB NOT NULL, reference TEXT NOT NULL,
@@ -46,7 +46,11 @@ _MIGRATIONS: Final = {
 ALTER TABLE checkpoints ADD COLUMN moments BLOB NOT NULL DEFAULT x'';
 ALTER TABLE checkpoints ADD COLUMN num_loans REAL NOT NULL DEFAULT 0;
 {_SECURE_SUMS}""",
-    2: _ROSTERS,
+    2: f"""
+ALTER TABLE jobs ADD COLUMN reason TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN began_at TEXT;
+UPDATE jobs SET began_at = created_at WHERE job_id IN (SELECT job_id FROM checkpoints UNION SELECT job_id FROM sums);
+{_ROSTERS}""",
 }
 """What brings a database of a version to the next."""
 

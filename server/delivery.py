@@ -1,11 +1,12 @@
 """How lenders learn that a job is over, whether they were there or come back later.
 
-A completed job ends with its model, an abandoned one without. What a lender had reserved for it is free from then on,
-so it is told of earlier jobs before it is asked for a new one.
+A completed job ends with its model, one that failed or was abandoned without. What a lender had reserved for it and not
+spent is free from then on, so it is told at once, and of earlier jobs before it is asked for a new one.
 """
 
 import time
 from collections.abc import Collection
+from typing import Final
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from fedfin.server.roster import Checkpoint, FederationStore
 from fedfin.update import Done, Finish, Refused
 
 __all__ = ["Delivery"]
+
+_GIVE_UP_S: Final = 10.0  # no model to keep, and the coordinator ends: who is busy is told when it runs again
 
 
 class Delivery:
@@ -46,23 +49,38 @@ class Delivery:
 
     def deliver(self, checkpoint: Checkpoint) -> None:
         """Send the model to every lender that took part; those away get it when the coordinator runs again."""
-        finish = _finish(self._job_id, checkpoint)
+        missing, not_kept = self._tell(_finish(self._job_id, checkpoint), self._patience_s, PROPOSE_S)
+        self._say({"event": "delivered", "missing": missing, "not_kept": not_kept})
+
+    def give_up(self, patience_s: float = 0.0) -> None:
+        """Tell every lender that took part that the job is over without a model; those away hear it another time.
+
+        Args:
+            patience_s: How long lenders that are away are waited for.
+        """
+        took_part = set(self._store.undelivered(self._job_id))
+        missing, _ = self._tell(_finish(self._job_id, None), patience_s, _GIVE_UP_S)
+        told = sorted(took_part - set(missing))
+        self._say({"event": "given_up", "job": self._job_id, "told": told, "missing": missing})
+
+    def _tell(self, finish: Finish, patience_s: float, deadline_s: float) -> tuple[list[str], dict[str, str]]:
+        """Send the end of this job; return who has not confirmed it, and who answered and does not, with the reason."""
         not_kept: dict[str, str] = {}
-        until = time.monotonic() + self._patience_s
-        told = False
+        until = time.monotonic() + patience_s
+        said = False
         while True:
             away = set(self._store.undelivered(self._job_id))
             here = (away & self._exchange.online()) - set(not_kept)
             if here:
-                not_kept |= self._end(finish, here)
+                not_kept |= self._end(finish, here, deadline_s)
                 away = set(self._store.undelivered(self._job_id))
-            if not away - set(not_kept) or time.monotonic() > until:
-                self._say({"event": "delivered", "missing": sorted(away), "not_kept": not_kept})
-                return
-            if not told:
+            if not away - set(not_kept) or time.monotonic() >= until:
+                return sorted(away), not_kept
+            if not said:
                 left = max(0.0, until - time.monotonic())
-                self._say({"event": "delivering", "for": sorted(away - set(not_kept)), "seconds": left})
-                told = True
+                event = "delivering" if finish.status == "completed" else "giving_up"
+                self._say({"event": event, "for": sorted(away - set(not_kept)), "seconds": left})
+                said = True
             time.sleep(WAIT_S)
 
     def settle(self, names: Collection[str]) -> None:
@@ -75,9 +93,9 @@ class Delivery:
                 last = self._store.checkpoint(job.job_id) if job.status == "completed" else None
                 self._end(_finish(job.job_id, last), away & set(names))
 
-    def _end(self, finish: Finish, names: set[str]) -> dict[str, str]:
+    def _end(self, finish: Finish, names: set[str], deadline_s: float = PROPOSE_S) -> dict[str, str]:
         """Send a job's end; return the lenders that answered but could not keep it, with the reason."""
-        answers = self._exchange.ask(dict.fromkeys(sorted(names), finish), Done, deadline_s=PROPOSE_S)
+        answers = self._exchange.ask(dict.fromkeys(sorted(names), finish), Done, deadline_s=deadline_s)
         not_kept: dict[str, str] = {}
         for name, reply in sorted(answers.replies.items()):
             if isinstance(reply, Done):
@@ -90,7 +108,7 @@ class Delivery:
 
 
 def _finish(job_id: str, last: Checkpoint | None) -> Finish:
-    """Return the message that ends a job: completed with its model, or abandoned."""
+    """Return the message that ends a job: completed with its model, or without one (failed or abandoned here)."""
     if last is None:
         return Finish(job_id, "abandoned", 0, "", "", np.zeros(0, dtype=np.float32))
     return Finish(job_id, "completed", last.round, last.bins, last.fingerprint, last.weights, last.reference)

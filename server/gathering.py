@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Final
 
-from fedfin.errors import ConfigError, LinkError, QuorumError
+from fedfin.errors import ConfigError, JobOverError, LinkError, QuorumError
 from fedfin.plan import JobPlan
 from fedfin.roster import Roster
 from fedfin.roster_chain import RosterChain
@@ -75,6 +75,8 @@ class Gathering:
         self._told_newcomers: set[str] = set()
         self._chain = _kept_chain(store, job_id)
         self._roster = None if self._chain is None else self._chain.last.roster()
+        self._waiting = Waiting(say)
+        self._began = any(job.job_id == job_id and job.began_at for job in store.jobs())
 
     @property
     def roster(self) -> Roster:
@@ -116,18 +118,18 @@ class Gathering:
         """Propose the job until enough lenders take part: all that are waited for, or the quorum after a while.
 
         Raises:
-            QuorumError: So many lenders refused that the quorum cannot be met.
+            QuorumError: So many lenders refused that the quorum cannot be met; a `JobOverError` where nothing was
+                asked of anybody yet, so that another job costs no more, or where too many were left out.
         """
         cohort = self._plan.cohort
         started = time.monotonic()
-        waiting = Waiting(self._say)
         while True:
             members = self._members()
             late = time.monotonic() - started > cohort.start_timeout_s
             if self._plan.aggregation == "plain":
                 self._signing.ask(members & self._exchange.online())
             elif self._roster is None:
-                if not self._settle_roster(waiting, late=late):
+                if not self._settle_roster(late=late):
                     time.sleep(WAIT_S)
                     continue
                 members = self._members()
@@ -140,9 +142,10 @@ class Gathering:
             wanted = max(wanted, cohort.min_lenders)
             resumed = self._store.checkpoint(self._job_id) is not None
             if len(here) >= wanted or (len(here) >= cohort.min_lenders and (late or resumed)):
+                self._store.begin_job(self._job_id)
                 self._say({"event": "cohort", "lenders": sorted(here), "refused": self._refused})
                 return
-            waiting.report(here, members - here - set(self._refused), wanted, invited)
+            self._waiting.report(here, members - here - set(self._refused), wanted, invited)
             time.sleep(WAIT_S)
 
     def propose(self, deadline_s: float = PROPOSE_S) -> None:
@@ -166,11 +169,11 @@ class Gathering:
         """Return the lenders that are online and take part, sorted, once they are a quorum; newcomers are asked.
 
         Raises:
-            QuorumError: So many lenders refused that the quorum cannot be met.
+            QuorumError: So many lenders refused that the quorum cannot be met; a `JobOverError` where too many of them
+                were left out.
         """
         # A newcomer that hangs holds a round up no longer than a lender that does.
         self.propose(self._plan.cohort.round_deadline_s)
-        waiting = Waiting(self._say)
         quorum = self._plan.cohort.min_lenders
         while True:
             here = self.accepted & self._ready()
@@ -179,10 +182,10 @@ class Gathering:
             self.propose()
             if len(self.accepted | (self._members() - set(self._refused))) < quorum:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
-                mend = self.mend("mend it with them, then start again")
-                msg = f"too many lenders refused to go on ({reasons}); {mend}"
-                raise QuorumError(msg)
-            waiting.report(set(here), set(self.accepted - here), quorum)
+                is_over, mend = self._is_over(), "mend it with them, then start again"
+                msg = f"too many lenders refused to go on ({reasons}); {self.mend(mend) if is_over else mend}"
+                raise (JobOverError if is_over else QuorumError)(msg)
+            self._waiting.report(set(here), set(self.accepted - here), quorum)
             time.sleep(WAIT_S)
 
     def here(self, bound: Collection[str] | None = None) -> tuple[str, ...]:
@@ -200,9 +203,9 @@ class Gathering:
             why: What happened that nobody else may take their place, for people.
 
         Raises:
-            QuorumError: One of them refused, or they were not all online within `cohort.start_timeout_s`.
+            QuorumError: One of them refused, or they were not all online within `cohort.start_timeout_s`; a
+                `JobOverError` where one of them was left out.
         """
-        waiting = Waiting(self._say)
         until = time.monotonic() + self._plan.cohort.start_timeout_s
         while True:
             here = set(names) & self.accepted & self._ready()
@@ -214,16 +217,17 @@ class Gathering:
                 what = (
                     "takes no part any more" if gone else "did not come back in time (cohort.start_timeout_s)"
                 )
-                mend = self.mend(
+                is_over = not self._store.left_out(self._job_id).keys().isdisjoint(gone)
+                mend = (
                     "Bring them back and start again, or run `fedfin server --new-job`, which spends the lenders'"
                     " budgets again"
                 )
                 msg = (
                     f"{why}; the same model may be asked about again of the identical cohort only, and {missing}"
-                    f" {what}. {mend}"
+                    f" {what}. {self.mend(mend) if is_over else mend}"
                 )
-                raise QuorumError(msg)
-            waiting.report(here, set(names) - here, len(names))
+                raise (JobOverError if is_over else QuorumError)(msg)
+            self._waiting.report(here, set(names) - here, len(names))
             time.sleep(WAIT_S)
 
     def _ready(self) -> frozenset[str]:
@@ -231,7 +235,7 @@ class Gathering:
         now = time.monotonic()
         return frozenset(name for name in self._exchange.online() if self._ask_again_at.get(name, 0.0) <= now)
 
-    def _settle_roster(self, waiting: Waiting, *, late: bool) -> bool:
+    def _settle_roster(self, *, late: bool) -> bool:
         """Freeze the job's roster if it is signed and enough of its members are online; else say what is waited for.
 
         The first version is asked for once everyone that is waited for is online, since it is signed by all. A later
@@ -251,12 +255,12 @@ class Gathering:
         if chain is not None or enough:
             self._signing.ask(set(enrolled) & self._exchange.online())
             if (signed := self._signing.chain()) != chain:
-                return signed is not None and self._settle_roster(waiting, late=late)
+                return signed is not None and self._settle_roster(late=late)
         if chain is not None and enough:
             self._chain = RosterChain.from_json(self._store.freeze_roster(self._job_id, chain.to_json()))
             self._roster = self._chain.last.roster()
             return True
-        waiting.report(online, members - online, wanted, invited, approvals=self._signing.waits_for())
+        self._waiting.report(online, members - online, wanted, invited, approvals=self._signing.waits_for())
         return False
 
     def _proposals(self, names: Collection[str]) -> dict[str, Message]:
@@ -291,11 +295,17 @@ class Gathering:
         if left >= quorum or more_may_come:
             return
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self._refused.items()))
+        is_over, mend = self._is_over(), "Mend the plan, then start again"
         msg = (
             f"cohort.min_lenders is {quorum}, and only {len(members) - len(self._refused)} of {len(members)} lenders"
-            f" can take part. Refused: {reasons}. {self.mend('Mend the plan, then start again')}"
+            f" can take part. Refused: {reasons}. {self.mend(mend) if is_over else mend}"
         )
-        raise QuorumError(msg)
+        raise (JobOverError if is_over or not self._began else QuorumError)(msg)
+
+    def _is_over(self) -> bool:
+        """Tell whether so many were left out that the quorum is gone, whatever those who refused mend."""
+        staying = self._members() - self._store.left_out(self._job_id).keys()
+        return len(staying) < self._plan.cohort.min_lenders and bool(self._store.left_out(self._job_id))
 
     def _take(self, name: str, reply: Message, answers: Answers) -> None:
         secure = self._plan.aggregation == "secure"

@@ -14,7 +14,9 @@ from fedfin.strategies.registry import check_strategy
 __all__ = ["SILENT_S", "Say", "Waiting", "check_runnable", "choose_job"]
 
 SILENT_S: Final = 30.0
-"""A waiting coordinator says for whom, and proposes again to who failed, this often."""
+"""Who failed to answer a proposal gets it again after this long."""
+
+_SAY_AGAIN_S: Final = 60.0
 
 Say = Callable[[Mapping[str, Any]], None]
 """Reports an event to people: a mapping with `event` and what belongs to it; no metric of one lender."""
@@ -31,6 +33,9 @@ def check_runnable(plan: JobPlan) -> None:
 
 def choose_job(store: FederationStore, plan: JobPlan, *, new_job: bool, say: Say) -> Job:
     """Return the job to run: the unfinished one of this plan, or a new one.
+
+    A job of this plan that failed after lenders were charged for it is returned too: it is not made again unless a new
+    job is asked for, and who was away is told that it is over.
 
     Raises:
         ConfigError: An unfinished job has another plan, or this plan was trained already; both need
@@ -53,6 +58,10 @@ def choose_job(store: FederationStore, plan: JobPlan, *, new_job: bool, say: Say
     if running is not None:
         store.end_job(running.job_id, "abandoned")
         say({"event": "abandoned", "job": running.job_id})
+    last = jobs[-1] if jobs else None
+    has_failed = last is not None and last.status == "failed" and last.began_at is not None
+    if last is not None and has_failed and last.digest == plan.digest() and not new_job:
+        return last
     done = next(
         (job for job in reversed(jobs) if job.status == "completed" and job.digest == plan.digest()), None
     )
@@ -71,7 +80,7 @@ def choose_job(store: FederationStore, plan: JobPlan, *, new_job: bool, say: Say
 
 
 class Waiting:
-    """Says for whom the coordinator waits: when that changes, and every few seconds."""
+    """Says for whom the coordinator waits: when that changes, and once a minute; one for all waits of a job."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -88,10 +97,10 @@ class Waiting:
     ) -> None:
         """Say who is online, who is away, how many are wanted and whose approval of the roster is waited for.
 
-        Nothing is said that was said a moment ago.
+        Nothing is said that was said less than a minute ago.
         """
         text = json.dumps([sorted(here), sorted(away), wanted, list(invited), list(approvals)])
-        if text != self._last or time.monotonic() - self._at > SILENT_S:
+        if text != self._last or time.monotonic() - self._at > _SAY_AGAIN_S:
             self._say(
                 {
                     "event": "waiting",

@@ -53,7 +53,7 @@ from fedfin.server.renewal import RenewalDesk, Rotated
 from fedfin.server.roster import Member
 from fedfin.server.roster_signing import RosterBook
 from fedfin.server.server_certificate import serve_renewed
-from fedfin.wire import THIN_BUNDLE_NAME
+from fedfin.wire import THIN_BUNDLE_NAME, plain_log
 
 __all__ = ["MAX_BODY", "FleetOnly", "RuntimeOnly", "main", "open_socket"]
 
@@ -171,6 +171,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def main() -> None:
     """Run the SuperLink until standard input closes; the supervisor's way of starting this process."""
+    plain_log()
     order = json.loads(sys.stdin.readline())
     try:
         asyncio.run(_serve(open_federation(Path(order["config"])), order["secret"]))

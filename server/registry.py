@@ -40,6 +40,7 @@ _KEPT: Final = frozenset(
         "sum_refused",
         "sum_liars",
         "next_job",
+        "given_up",
     }
 )
 

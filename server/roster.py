@@ -45,13 +45,26 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job of this federation; status is running, completed or abandoned."""
+    """A job of this federation.
+
+    Attributes:
+        job_id: Its id.
+        plan: Its plan, JSON.
+        digest: The plan's, SHA-256 in hex.
+        status: `running` (unfinished), `completed`, `failed` (given up: it cannot go on) or `abandoned` (another job
+            was started in its place).
+        created_at: ISO 8601.
+        reason: Why it failed or, where it is unfinished, why it stopped last; empty where it did not.
+        began_at: When its lenders were first together, ISO 8601; before that nobody was asked for anything that costs.
+    """
 
     job_id: str
     plan: str
     digest: str
     status: str
     created_at: str
+    reason: str = ""
+    began_at: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,20 +262,31 @@ class FederationStore:
         """Record a job as running."""
         with self._write() as db:
             db.execute(
-                "INSERT INTO jobs VALUES (?, ?, ?, 'running', ?)",
+                "INSERT INTO jobs (job_id, plan, digest, status, created_at) VALUES (?, ?, ?, 'running', ?)",
                 (job_id, plan, digest, dt.datetime.now(dt.UTC).isoformat()),
             )
 
-    def end_job(self, job_id: str, status: str) -> None:
-        """Record how a job ended: completed or abandoned."""
+    def begin_job(self, job_id: str) -> None:
+        """Record, before it happens, that a job's lenders are asked for what costs them."""
+        now = dt.datetime.now(dt.UTC).isoformat()
         with self._write() as db:
-            db.execute("UPDATE jobs SET status = ? WHERE job_id = ?", (status, job_id))
+            db.execute("UPDATE jobs SET began_at = coalesce(began_at, ?) WHERE job_id = ?", (now, job_id))
+
+    def stop_job(self, job_id: str, reason: str) -> None:
+        """Keep why an unfinished job stopped; an empty reason says that it goes on."""
+        with self._write() as db:
+            db.execute("UPDATE jobs SET reason = ? WHERE job_id = ?", (reason, job_id))
+
+    def end_job(self, job_id: str, status: str, reason: str = "") -> None:
+        """Record how a job ended: completed, failed (and why) or abandoned."""
+        with self._write() as db:
+            db.execute("UPDATE jobs SET status = ?, reason = ? WHERE job_id = ?", (status, reason, job_id))
 
     def jobs(self) -> tuple[Job, ...]:
         """Return all jobs, oldest first."""
         with self._read() as db:
             rows = db.execute(
-                "SELECT job_id, plan, digest, status, created_at FROM jobs ORDER BY created_at"
+                "SELECT job_id, plan, digest, status, created_at, reason, began_at FROM jobs ORDER BY created_at"
             ).fetchall()
         return tuple(Job(*row) for row in rows)
 
@@ -387,14 +411,22 @@ class FederationStore:
             ).fetchall()
         return dict(rows)
 
-    def left_out(self, job_id: str) -> dict[str, str]:
-        """Return the reason, without `LEFT_OUT`, of every lender that is left out of a job for good."""
+    def refusals(self, job_id: str) -> dict[str, str]:
+        """Return the reason of every lender that has no part in a job: it refused, or is left out, by name."""
         with self._read() as db:
             rows = db.execute(
                 "SELECT name, reason FROM answers WHERE job_id = ? AND reason IS NOT NULL ORDER BY name",
                 (job_id,),
             ).fetchall()
-        return {name: reason[len(LEFT_OUT) :] for name, reason in rows if reason.startswith(LEFT_OUT)}
+        return dict(rows)
+
+    def left_out(self, job_id: str) -> dict[str, str]:
+        """Return the reason, without `LEFT_OUT`, of every lender that is left out of a job for good."""
+        return {
+            name: reason[len(LEFT_OUT) :]
+            for name, reason in self.refusals(job_id).items()
+            if reason.startswith(LEFT_OUT)
+        }
 
     def mark_delivered(self, job_id: str, name: str) -> None:
         """Record that a lender has confirmed the end of the job."""

@@ -7,6 +7,7 @@ aggregation a stage whose masked vectors were asked for is used up: a lost round
 job has one aggregated round fewer. Either way no round is charged twice.
 """
 
+import contextlib
 import re
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import Any, Final
 from fedfin.coordinator_key import CoordinatorIdentity
 from fedfin.credit.export import model_digest
 from fedfin.credit.schema import Schema
-from fedfin.errors import FedfinError, QuorumError
+from fedfin.errors import FedfinError, JobOverError, QuorumError
 from fedfin.plan import JobPlan
 from fedfin.server.delivery import Delivery
 from fedfin.server.evaluation import evaluation_rounds
@@ -72,12 +73,29 @@ def run_job(
 
     Raises:
         QuorumError: So many lenders refused that the quorum cannot be met, or a sum was lost and the cohort that alone
-            may be asked again did not come back.
+            may be asked again did not come back. The job goes on when the coordinator is started again.
+        JobOverError: Neither does it then: the job failed, or had before. Its lenders are told, so that what they had
+            reserved and not spent is free again; who is away is told when the coordinator runs again.
     """
     runner = _Runner(exchange, store, job, plan, schema, identity, judged, say, transcripts)
+    if job.status == "failed":
+        runner.delivery.give_up(plan.cohort.round_deadline_s)
+        msg = f"job {job.job_id} failed: {job.reason}"
+        raise JobOverError(msg)
     if job.status == "running":
-        checkpoint = runner.train()
-        release(checkpoint)
+        store.stop_job(job.job_id, "")
+        try:
+            checkpoint = runner.train()
+            release(checkpoint)
+        except JobOverError as error:
+            # first: a coordinator that was killed while it tells the lenders must not go on with them
+            store.end_job(job.job_id, "failed", str(error))
+            runner.delivery.give_up()
+            raise
+        except FedfinError as error:
+            with contextlib.suppress(FedfinError):  # the store itself may have failed; that is the error then
+                store.stop_job(job.job_id, str(error))
+            raise
         store.end_job(job.job_id, "completed")
     else:
         checkpoint = store.checkpoint(job.job_id) or _lost(job)
@@ -160,7 +178,7 @@ class _Runner:
                     f"the sum of the histograms of job {self._job_id} was lost after the lenders had been charged for"
                     f" it, and they answer it once; {mend}"
                 )
-                raise QuorumError(msg)
+                raise JobOverError(msg)
             sums = self._sum(summing, stage, {})
             if sums is not None:
                 break
@@ -324,7 +342,7 @@ class _Runner:
             "find out why they drop out (rounds.jsonl names them), then run `fedfin server --new-job`"
         )
         msg = f"all {rounds} rounds of job {self._job_id} were lost: too few lenders went on to the end of any; {mend}"
-        raise QuorumError(msg)
+        raise JobOverError(msg)
 
     def _summing(self) -> Summing:
         deadline_s = self._plan.cohort.round_deadline_s

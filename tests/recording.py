@@ -5,7 +5,8 @@ into a secure sum is kept in the lender's folder before it is masked, with the v
 the coordinator's, every sum that was made. Nothing of this is in the package: only the tests' processes load it.
 
 A lender whose environment says FEDFIN_TEST_DIE="round 2 mask" ends without a word when it is asked for its masked
-vector of round 2, with "round 2 confirm" when it is asked to confirm.
+vector of round 2, with "round 2 confirm" when it is asked to confirm. One whose environment says
+FEDFIN_TEST_DEAL_FALSELY="round 2" deals shares in that round that open and give no secret of its own.
 """
 
 import json
@@ -52,6 +53,15 @@ def record_vectors() -> None:
     encode, encode_integers = Layout.encode, Layout.encode_integers
     mask, confirm = Participant.mask, Participant.confirm
     last: dict[str, Any] = {}
+
+    dealt, falsely = Participant._dealt, os.environ.get("FEDFIN_TEST_DEAL_FALSELY")
+
+    def recorded_dealt(self: Any, own: Any, receiver: str, pair: Any) -> Any:
+        if self._context.stage == falsely:
+            pair = tuple(bytes(33) for _ in pair)
+        return dealt(self, own, receiver, pair)
+
+    Participant._dealt = recorded_dealt  # type: ignore[method-assign]  # the tests' process only
 
     def keep(layout: Any, parts: Any) -> None:
         last["layout"] = json.dumps(asdict(layout))

@@ -58,6 +58,8 @@ def test_a_job_of_mode_shared_does_not_start_in_clear_and_its_mend_parses(federa
 
 
 def test_init_never_overwrites_a_federation(federation):
+    made = fedfin("server", "init", federation.with_name("other"))  # of the default name
+    assert "made a federation named federation in" in made.stdout
     again = fedfin("server", "init", federation)
     assert again.exit_code == 1
     assert "new folder" in again.stderr

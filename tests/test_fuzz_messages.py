@@ -28,6 +28,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lenders import lender_folder, open_lender, schema
+from spoiling import spoilt_bytes, spoilt_map
 
 from fedfin.credit.binning import Bins, bins_from_histogram, histogram_size
 from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint, num_parameters
@@ -131,24 +132,6 @@ def packed(header, body):
 
 
 @st.composite
-def spoilt_bytes(draw, data):
-    """Bytes like these, with something wrong; by chance the same."""
-    how = draw(st.sampled_from(["other", "flipped", "cut", "longer", "swapped"]))
-    if how == "other" or not data:
-        return draw(st.binary(max_size=200))
-    # not by the length of these very bytes: keys and numbers differ from one example to its repetition
-    at = draw(st.integers(0, 10**6)) % len(data)
-    if how == "flipped":
-        return data[:at] + bytes([data[at] ^ draw(st.integers(1, 255))]) + data[at + 1 :]
-    if how == "cut":
-        return data[:at]
-    if how == "longer":
-        return data[:at] + draw(st.binary(min_size=1, max_size=40)) + data[at:]
-    other = draw(st.integers(0, 10**6)) % len(data)
-    return data[:at] + data[other : other + 8] + data[at + 8 :]
-
-
-@st.composite
 def spoilt_value(draw, value):
     """A field of a header like this one, with something wrong."""
     if isinstance(value, str) and value and draw(st.booleans()):
@@ -156,19 +139,7 @@ def spoilt_value(draw, value):
             return draw(spoilt_bytes(bytes.fromhex(value)) | st.binary(max_size=80)).hex()
         return draw(spoilt_bytes(value.encode())).decode(errors="replace")
     if isinstance(value, dict) and value and draw(st.booleans()):
-        changed = dict(value)
-        for _ in range(draw(st.integers(1, 2))):
-            name = draw(st.sampled_from(sorted(value)))
-            how = draw(st.sampled_from(["left out", "altered", "exchanged", "somebody"]))
-            if how == "left out":
-                changed.pop(name, None)
-            elif how == "altered":
-                changed[name] = draw(spoilt_value(value[name]))
-            elif how == "exchanged":
-                changed[name] = value[draw(st.sampled_from(sorted(value)))]
-            else:
-                changed[draw(st.text(max_size=8) | st.sampled_from(NAMES))] = value[name]
-        return changed
+        return draw(spoilt_map(value, NAMES, spoilt_value, most=2))
     if isinstance(value, list) and draw(st.booleans()):
         return draw(st.lists(st.sampled_from(NAMES) | st.text(max_size=5), max_size=7))
     if isinstance(value, int) and draw(st.booleans()):
@@ -499,6 +470,7 @@ def right_question(bench, kind):
 
 def samples(bench):
     """One real message of each kind."""
+    bench.new_job()  # what was fuzzed before may have ended the job
     running = BenchSum(bench)
     found = [bench.proposal()]
     for step in BenchSum.STEPS:

@@ -1,6 +1,7 @@
 """How a lender answers: within its policy, from its own budget, and once."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from fedfin.audit.events import Refusal
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
-from fedfin.errors import DataError, LedgerError, LinkError
+from fedfin.errors import ConfigError, DataError, LedgerError, LinkError
 from fedfin.plan import ModelPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy.ledger import Ledger
 from fedfin.update import (
@@ -423,6 +424,56 @@ def test_a_job_released_by_hand_frees_its_budget_and_is_over_for_good(bank):
     for question in (proposal(), BINS, train_request(histogram, 1)):
         assert "is over" in refusal(restarted, question)
     assert commits(bank) == ["bins"]
+
+
+@pytest.mark.parametrize(
+    ("section", "named"),
+    [
+        ({"policy": {"epsilon_limt": 3.0}}, r"policy\.epsilon_limt is not a key of this release"),
+        ({"policy": {"epsilon_limit": -1}}, r"policy\.epsilon_limit is -1"),
+        (
+            {"policy": {"max_delta": 0.5, "min_cohort": 2}},
+            r"policy\.max_delta is 0\.5.*policy\.min_cohort is 2",
+        ),
+        ({"holdout": {"fraction": 1.5}}, r"holdout\.fraction is 1\.5"),
+    ],
+)
+def test_the_status_names_a_wrong_key_and_shows_what_does_not_depend_on_it(bank, section, named):
+    from fedfin.client.status import status_of
+
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    lender.answer(BINS)
+    lender.close()
+    before = status_of(bank)
+    assert before["config_error"] == ""
+    config = yaml.safe_load(bank.read_text())
+    bank.write_text(yaml.safe_dump(config | section))
+    after = status_of(bank)
+    assert re.search(named, after["config_error"])
+    # never a limit that is not the one the engineer meant
+    assert (after["epsilon_limit"], after["snapshots"][0]["filter"]) == (None, None)
+    for key in ("jobs", "models", "roster", "name"):
+        assert after[key] == before[key]
+    assert after["snapshots"][0]["epsilon_rdp"] == before["snapshots"][0]["epsilon_rdp"] > 0.0
+    shown = CliRunner().invoke(app, ["client", "status", "--config", str(bank)], env={"COLUMNS": "400"})
+    assert shown.exit_code == 1
+    assert re.search(named, shown.output)
+    assert JOB in shown.output
+    assert "admits nothing" not in shown.output
+    asked = CliRunner().invoke(app, ["client", "status", "--config", str(bank), "--json"])
+    assert asked.exit_code == 1
+    assert json.loads(asked.stdout)["config_error"] == after["config_error"]
+    with pytest.raises(ConfigError, match=named):  # but it takes no part
+        open_lender(bank)
+
+
+def test_the_status_of_a_file_without_a_name_or_loans_shows_nothing(bank):
+    from fedfin.client.status import status_of
+
+    bank.write_text(yaml.safe_dump({**yaml.safe_load(bank.read_text()), "data": {}, "policy": {"x": 1}}))
+    with pytest.raises(ConfigError, match=r"give exactly one of path and url.*policy\.x is not a key"):
+        status_of(bank)
 
 
 def test_the_status_shows_every_figure_with_its_delta_and_relation(bank):

@@ -411,6 +411,24 @@ def test_a_file_of_version_1_is_brought_to_this_one_with_all_that_is_in_it(tmp_p
     assert columns_of(path) == columns_of(tmp_path / "new.db")
 
 
+def test_a_file_of_version_2_knows_which_jobs_had_begun(tmp_path):
+    path = tmp_path / "federation.db"
+    store = FederationStore.create(path)
+    for job_id in ("new", "asked"):
+        store.start_job(job_id, "{}", "d")
+    store.open_sum("asked", "bins")
+    with sqlite3.connect(path) as db:  # as version 2 had it
+        db.execute("ALTER TABLE jobs DROP COLUMN reason")
+        db.execute("ALTER TABLE jobs DROP COLUMN began_at")
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    kept = {job.job_id: job for job in store.jobs()}
+    assert (kept["new"].began_at, kept["new"].reason) == (None, "")
+    assert kept["asked"].began_at == kept["asked"].created_at
+    FederationStore.create(tmp_path / "new.db")
+    assert columns_of(path) == columns_of(tmp_path / "new.db")
+
+
 def columns_of(path):
     with contextlib.closing(sqlite3.connect(path)) as db:
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]

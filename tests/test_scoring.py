@@ -415,7 +415,10 @@ def test_held_out_loans_that_are_read_in_another_way_count_as_training_loans(ban
     lender = open_lender(bank)
     decode(lender.answer(proposal(JUDGED)), Accepted)
     (declined,) = [event for event in logged(bank.parent, Consent) if event.reason is not None]
-    assert "give holdout.source the same loan_id, or without one the same columns, values and missing" in declined.reason
+    assert (
+        "give holdout.source the same loan_id, or without one the same columns, values and missing"
+        in declined.reason
+    )
     assert [entry[1] for entry in entries(bank)] == [JOB]
     lender.close()
 

@@ -15,6 +15,7 @@ from cohorts import (
     secrets_of,
     turned_away,
 )
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
@@ -458,6 +459,23 @@ def test_signatures_and_commitments_name_their_lender():
     assert len(deals) == 3
 
 
+def test_the_coordinator_refuses_exactly_the_keys_whose_exchange_gives_no_secret():
+    """Held against OpenSSL, which looks at the secret: by every point of low order, its neighbours and other keys."""
+    private = sum_keys.private_key(bytes(range(32)))
+    low = {point: point.to_bytes(32, "little") for point in sum_keys._LOW_ORDER}
+    for public in low.values():
+        with pytest.raises(ValueError, match="Error computing shared key"):
+            private.exchange(X25519PublicKey.from_public_bytes(public))
+        turned_away("weak_key", sum_keys.check_public, public, ME)
+    others = {abs(point + shift) for point in low for shift in (-3, -2, 2, 3)} - low.keys()
+    for point in (point for point in others if point < sum_keys._CURVE_PRIME):
+        public = point.to_bytes(32, "little")
+        sum_keys.check_public(public, ME)
+        assert sum_keys.exchanged(private, public, ME) != bytes(32)
+    for point in (sum_keys._CURVE_PRIME, sum_keys._CURVE_PRIME + 1, 2**255, 2**256 - 1):
+        turned_away("weak_key", sum_keys.check_public, point.to_bytes(32, "little"), ME)
+
+
 def test_every_key_is_for_one_use_one_pair_and_one_sum():
     """All from one exchanged secret, which would be a fault of its own."""
     secret = bytes(32)
@@ -557,14 +575,14 @@ def test_secrets_are_forgotten_when_the_shares_are_given():
     own = one._secrets
     one.unmask(running.combiner.confirmations())
     assert one._secrets is None
-    assert (own.channel_private, own.mask_private, own.own) == (b"", b"", b"")
+    assert (own.channel_private, own.mask_private, own.own, own.keys) == (b"", b"", b"", ())
     assert (own.channels, own.pairs, own.held, own.masks) == ({}, {}, {}, [])
 
 
 def test_secrets_are_dropped_as_soon_as_a_step_is_past():
     running = new_sum().upto("confirm")
     own = running.participants[ME]._secrets
-    assert (own.channel_private, own.mask_private, own.own) == (b"", b"", b"")
+    assert (own.channel_private, own.mask_private, own.own, own.keys) == (b"", b"", b"", ())
     assert (own.channels, own.pairs, own.masks) == ({}, {}, [])
     assert set(own.held) == set(running.names)
 

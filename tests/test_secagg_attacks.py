@@ -413,6 +413,19 @@ def test_a_forged_confirmation_opens_nothing():
         refused("confirmation", mine, mine.unmask, confirmed | {OTHER: forged})
 
 
+def test_a_forged_confirmation_in_a_lenders_own_name_opens_nothing():
+    """It knows its own again without verifying it; anything else in its name is verified."""
+    running = new_sum(6).upto("confirm")
+    confirmed = {name: running.participants[name].confirm(running.names) for name in running.names}
+    for name, forged in (
+        (ME, confirmed[OTHER]),
+        (OTHER, bytes(64)),
+        (THIRD, confirmed[THIRD][:-1] + b"\x80"),
+    ):
+        mine = running.participants[name]
+        refused("confirmation", mine, mine.unmask, confirmed | {name: forged})
+
+
 def test_a_confirmation_from_outside_the_survivors_opens_nothing():
     running = new_sum(6).upto("confirm")
     survivors = names_of(5)

@@ -14,6 +14,7 @@ from cohorts import QUESTION, context_of, names_of, new_sum
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
+from spoiling import spoilt_bytes, spoilt_map
 
 from fedfin.errors import ProtocolRefusalError
 from fedfin.privacy.encoding import unpack
@@ -48,41 +49,6 @@ def fuzzing(max_examples):
     )
 
 
-@st.composite
-def spoilt(draw, data):
-    """Bytes like these, with something wrong; by chance the same."""
-    how = draw(st.sampled_from(["other", "flipped", "cut", "longer", "swapped"]))
-    if how == "other" or not data:
-        return draw(st.binary(max_size=200))
-    at = draw(st.integers(0, len(data) - 1))
-    if how == "flipped":
-        return data[:at] + bytes([data[at] ^ draw(st.integers(1, 255))]) + data[at + 1 :]
-    if how == "cut":
-        return data[:at]
-    if how == "longer":
-        return data[:at] + draw(st.binary(min_size=1, max_size=40)) + data[at:]
-    other = draw(st.integers(0, len(data) - 1))
-    return data[:at] + data[other : other + 8] + data[at + 8 :]
-
-
-@st.composite
-def spoilt_map(draw, messages):
-    """Messages like these, some of them left out, altered, exchanged or of somebody else."""
-    spoiled = dict(messages)
-    for _ in range(draw(st.integers(0, 3))):
-        how = draw(st.sampled_from(["left out", "altered", "exchanged", "somebody"]))
-        name = draw(st.sampled_from(sorted(messages)))
-        if how == "left out":
-            spoiled.pop(name, None)
-        elif how == "altered":
-            spoiled[name] = draw(spoilt(messages[name]))
-        elif how == "exchanged":
-            spoiled[name] = messages[draw(st.sampled_from(sorted(messages)))]
-        else:
-            spoiled[draw(st.text(max_size=10) | st.sampled_from(NAMES))] = messages[name]
-    return spoiled
-
-
 def accepted(call, *arguments):
     """Whether the call took it; whatever else it raises fails the test."""
     rule = None
@@ -101,7 +67,7 @@ def test_only_a_context_written_canonically_is_read():
     right = context_of(NAMES).to_bytes()
 
     @fuzzing(200)
-    @given(spoilt(right) | st.binary(max_size=300))
+    @given(spoilt_bytes(right) | st.binary(max_size=300))
     def bytes_of_any_kind(data):
         if accepted(SumContext.from_bytes, data):
             assert SumContext.from_bytes(data).to_bytes() == data
@@ -146,7 +112,7 @@ def check_lender(step, right_of, call, own, least):
     def messages_of_any_kind(data):
         running = new_sum(NUM).upto(step)
         mine, right = running.participants[ME], right_of(running)
-        sent = data.draw(spoilt_map(right))
+        sent = data.draw(spoilt_map(right, NAMES))
         assert accepted(call, mine, sent) == is_right(sent, right, own, least)
         assert (mine._secrets is None) == (step == "unmask" or not is_right(sent, right, own, least))
 
@@ -204,13 +170,15 @@ def test_spoilt_contributions_leave_the_coordinators_sum_as_it_is():
     others = [name for name in NAMES if name != ME]
 
     advert = mine.open()
-    never_taken(running, combiner.add_advert, advert, ME, spoilt(advert))
+    never_taken(running, combiner.add_advert, advert, ME, spoilt_bytes(advert))
     combiner.add_advert(ME, advert)
     running.open(others)
 
     sealed = mine.share(running.adverts)
     lengths = {name: COMMITMENTS_BYTES if name == ME else SEALED_BYTES for name in NAMES}
-    out_of_form = spoilt_map(sealed).filter(lambda sent: {name: len(sent[name]) for name in sent} != lengths)
+    out_of_form = spoilt_map(sealed, NAMES).filter(
+        lambda sent: {name: len(sent[name]) for name in sent} != lengths
+    )
     never_taken(running, combiner.add_sealed, sealed, ME, out_of_form)
     combiner.add_sealed(ME, sealed)
     running.share(others)
@@ -221,13 +189,13 @@ def test_spoilt_contributions_leave_the_coordinators_sum_as_it_is():
 
     survivors = combiner.settle()
     confirmation = mine.confirm(survivors)
-    never_taken(running, combiner.add_confirmation, confirmation, ME, spoilt(confirmation))
+    never_taken(running, combiner.add_confirmation, confirmation, ME, spoilt_bytes(confirmation))
     combiner.add_confirmation(ME, confirmation)
     running.confirm(others)
 
     shares = mine.unmask(combiner.confirmations())
     running.unmask(others)
-    never_taken(running, combiner.add_shares, shares, ME, spoilt_map(shares))
+    never_taken(running, combiner.add_shares, shares, ME, spoilt_map(shares, NAMES))
     assert_array_equal(combiner.total(), np.full(3, 0 + 1 + 2 + 3, np.uint32))
 
 

@@ -84,3 +84,37 @@ def test_each_sum_is_that_of_the_survivors_vectors_whoever_is_killed(tmp_path, m
     assert survivors["round 1"] == NAMES
     # five at least are in every sum, so one of the two takes part again
     assert len(survivors["round 8"]) >= 5
+
+
+def test_a_dealer_of_no_secret_ends_the_job_and_every_lender_has_what_it_did_not_spend_back(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PYTHONPATH", str(install(tmp_path)))
+    with federation(tmp_path, LOCAL) as built:
+        built.start_server()
+        for name, rows in zip(NAMES, shares(len(NAMES)), strict=True):
+            built.enrol(name, rows)
+        for name in NAMES:
+            with monkeypatch.context() as dealing:
+                dealing.setenv("FEDFIN_TEST_DEAL_FALSELY", "round 2" if name == "bank-f" else "")
+                built.start_lender(name)
+        assert built.wait_for_end("server", timeout_s=120) == 1
+        assert "fedfin server remove bank-f" in " ".join(built.output("server").split())
+        (found,) = built.events("sum_liars")
+        assert (found["rule"], found["lenders"], found["stage"]) == ("false_dealer", ["bank-f"], "round 2")
+        (end,) = built.events("given_up")
+        assert (end["told"], end["missing"]) == (list(NAMES), [])
+        shown = built.fedfin("server", "status", "--config", built.config, "--json").stdout
+        (job,) = json.loads(shown)["jobs"]
+        assert (job["state"], job["goes_on"], job["round"]) == ("failed", False, 1)
+        assert list(job["refused"]) == ["bank-f"]
+        for name in NAMES:
+            (line,) = built.journal(name, "job_ended")
+            assert line["status"] == "abandoned"
+            lender = json.loads(
+                built.fedfin("client", "status", "--config", built.bank(name), "--json").stdout
+            )
+            assert [one["reserved_rdp"] for one in lender["snapshots"]] == [0.0] * len(lender["snapshots"])
+            assert max(one["epsilon_rdp"] for one in lender["snapshots"]) > 0.0
+        assert b"\x1b" not in (built.config.parent / "link.log").read_bytes()
+        assert b"\x1b" not in (built.config.parent / "serverapp.log").read_bytes()

@@ -118,7 +118,12 @@ UPDATE = Update("job", 3, "f", np.array([1.5, -2.0], dtype=np.float32))
 
 def test_the_round_trip_below_is_of_every_kind_of_message():
     assert set(KINDS) == set(update._KINDS.values())
-    public = {getattr(update, name) for name in update.__all__} - {Message, decode, encode, update.with_witness}
+    public = {getattr(update, name) for name in update.__all__} - {
+        Message,
+        decode,
+        encode,
+        update.with_witness,
+    }
     assert set(KINDS) == public
 
 

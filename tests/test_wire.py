@@ -1,5 +1,8 @@
 """Flower's envelope around a message: one bytes value, and nothing else is taken for one."""
 
+import io
+import logging
+
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
@@ -20,7 +23,7 @@ from fedfin.update import (
     Train,
     Unmask,
 )
-from fedfin.wire import MESSAGE_TYPES, from_record, to_record
+from fedfin.wire import MESSAGE_TYPES, from_record, plain_log, to_record
 
 NOT_OURS = "Flower delivered a message that is not fedfin's; both sides must run fedfin"
 
@@ -62,3 +65,20 @@ def test_every_request_and_no_answer_has_a_message_type_of_flower():
     assert len(set(MESSAGE_TYPES.values())) == len(MESSAGE_TYPES)
     assert {text.partition(".")[0] for text in MESSAGE_TYPES.values()} == {"query", "train", "evaluate"}
     assert all(issubclass(kind, Message) for kind in MESSAGE_TYPES)
+
+
+def test_flowers_log_in_a_file_has_no_colours():
+    """Told in words, since Flower's handler asks no NO_COLOR."""
+    from flwr.supercore.logger import console_handler, log
+
+    stream, coloured = console_handler.stream, console_handler.colored
+    written = io.StringIO()
+    try:
+        console_handler.setStream(written)
+        plain_log()
+        log(logging.WARNING, "a node went away")
+    finally:
+        console_handler.setStream(stream)
+        console_handler.colored = coloured
+    assert "a node went away" in written.getvalue()
+    assert "\x1b" not in written.getvalue()
