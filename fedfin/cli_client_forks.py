@@ -16,7 +16,9 @@ _DEFAULT: Final = Path("bank.yaml")
 
 def clear_fork(
     context: typer.Context,
-    config: Annotated[Path, typer.Option("--config", help="The lender's bank.yaml.", dir_okay=False)] = _DEFAULT,
+    config: Annotated[
+        Path, typer.Option("--config", help="The lender's bank.yaml.", dir_okay=False)
+    ] = _DEFAULT,
     yes: Annotated[bool, typer.Option("--yes", help="Clear without asking.")] = False,
     json_out: JsonOption = False,
     debug: DebugOption = False,
@@ -41,7 +43,9 @@ def clear_fork(
             return
         for fork in found:
             if not json_out:
-                say(f"{fork['file']}, {fork['time']}, {fork['question']} of job {fork['job']}: {fork['reason']}")
+                say(
+                    f"{fork['file']}, {fork['time']}, {fork['question']} of job {fork['job']}: {fork['reason']}"
+                )
                 say(f"held:\n{fork['held'] or '(nothing yet)'}\nshown:\n{fork['shown']}")
         if found and not yes:
             typer.confirm("Did you find out why, and should this lender answer again?", abort=True)

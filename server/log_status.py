@@ -30,7 +30,9 @@ def log_status(path: Path, members: Collection[str]) -> dict[str, Any] | None:
         return {
             "entries": log.size,
             "checkpoint": None if last is None else parse_checkpoint(last).size,
-            "cosigned_by": [] if last is None else sorted({name for name, _ in signature_lines(last)} & set(members)),
+            "cosigned_by": []
+            if last is None
+            else sorted({name for name, _ in signature_lines(last)} & set(members)),
             "quorum": quorum,
             "final": None if final is None else parse_checkpoint(final).size,
         }
