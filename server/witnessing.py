@@ -259,7 +259,7 @@ class WitnessedExchange:
         try:
             signed = add_signatures(showing.note, [line])
             by = verify_note(signed, {name: NoteKey("cosigner", keys.witness)}).by
-            if len(signature_lines(signed)) != 2 or by.keys() != {name}:
+            if len(signature_lines(signed)) != 2 or set(by) != {name}:
                 msg = "the line is not one cosignature by this lender"
                 raise AuditError(msg)  # noqa: TRY301  (one way to doubt it, whatever is wrong)
         except AuditError as error:
