@@ -41,16 +41,17 @@ _ROSTERS: Final = """
 CREATE TABLE roster_versions (number INTEGER PRIMARY KEY, signed TEXT NOT NULL, completed_at TEXT NOT NULL);
 CREATE TABLE roster_candidate (place INTEGER PRIMARY KEY CHECK (place = 1), signed TEXT NOT NULL);
 """
+_ENDS: Final = """
+ALTER TABLE jobs ADD COLUMN reason TEXT NOT NULL DEFAULT '';
+ALTER TABLE jobs ADD COLUMN began_at TEXT;
+UPDATE jobs SET began_at = created_at WHERE job_id IN (SELECT job_id FROM checkpoints UNION SELECT job_id FROM sums);
+"""
 _MIGRATIONS: Final = {
     1: f"""
 ALTER TABLE checkpoints ADD COLUMN moments BLOB NOT NULL DEFAULT x'';
 ALTER TABLE checkpoints ADD COLUMN num_loans REAL NOT NULL DEFAULT 0;
 {_SECURE_SUMS}""",
-    2: f"""
-ALTER TABLE jobs ADD COLUMN reason TEXT NOT NULL DEFAULT '';
-ALTER TABLE jobs ADD COLUMN began_at TEXT;
-UPDATE jobs SET began_at = created_at WHERE job_id IN (SELECT job_id FROM checkpoints UNION SELECT job_id FROM sums);
-{_ROSTERS}""",
+    2: _ENDS + _ROSTERS,
 }
 """What brings a database of a version to the next."""
 
