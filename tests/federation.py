@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-
-from fedfin.client.approving import approve
-from fedfin.client.folder import LenderFolder
-from fedfin.client.pinning import pending
 from lender_log import logged
 
 from fedfin.audit.events import Event, Exchange
+from fedfin.client.approving import approve
+from fedfin.client.folder import LenderFolder
+from fedfin.client.pinning import pending
 
 ROOT = Path(__file__).parent.parent
 LOANS = ROOT / "simulation" / "credit_data.csv.gz"
