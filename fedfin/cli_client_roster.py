@@ -1,4 +1,4 @@
-"""`fedfin client approve-roster`, `approve-member`, `rotate`: members as a lender's engineer sees them, and its keys."""
+"""`fedfin client approve-roster`, `approve-member`, `rotate`: the members as an engineer sees them, and new keys."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final

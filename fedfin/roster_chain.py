@@ -49,9 +49,9 @@ class SignedRoster:
             LinkError: It is not one that `to_document` gives.
         """
         try:
-            fields = {**document, "version": RosterVersion.from_document(document["version"])}
+            fields: dict[str, Any] = {**document, "version": RosterVersion.from_document(document["version"])}
             signed = cls(**fields)
-            texts = [signed.coordinator_signature, *signed.signatures, *signed.signatures.values()]
+            texts: list[Any] = [signed.coordinator_signature, *signed.signatures, *signed.signatures.values()]
             fits = all(isinstance(text, str) for text in texts) and signed.to_document() == document
         except (KeyError, TypeError, AttributeError) as error:
             msg = "a signed version of the roster does not parse; both sides must run the same release"

@@ -168,10 +168,8 @@ class RosterVersion:
             LinkError: It is not one that `to_document` gives.
         """
         try:
-            fields = {
-                **document,
-                "members": {row["name"]: RosterMember(**row) for row in document["members"]},
-            }
+            members = {row["name"]: RosterMember(**row) for row in document["members"]}
+            fields: dict[str, Any] = {**document, "members": members}
             version = cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             msg = "a version of the roster does not parse; both sides must run the same release"

@@ -91,8 +91,13 @@ class FleetOnly:
     """The public door: Flower's Fleet API, its health, and our enrolment; all else is 404, unseen by Flower."""
 
     def __init__(self, superlink: App, enrolment: App, knows: Callable[[bytes, bytes], bool]) -> None:
-        """Prepare the door; `knows` tells whether a node key (as Flower's header carries it) and a certificate (DER, or
-        nothing) are one member's.
+        """Prepare the door.
+
+        Args:
+            superlink: Flower's.
+            enrolment: Ours.
+            knows: Tells whether a node key, as Flower's header carries it, and a certificate, DER or nothing, are one
+                member's.
         """
         self._superlink = superlink
         self._enrolment = enrolment

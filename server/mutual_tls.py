@@ -23,7 +23,7 @@ class ShownCertificate(AutoHTTPProtocol):  # type: ignore[misc,valid-type]  # uv
 
     app: _App
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # as uvicorn's own
         """Read the certificate once a connection stands: it is the same for all requests on it."""
         super().connection_made(transport)
         connection = transport.get_extra_info("ssl_object")

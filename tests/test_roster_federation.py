@@ -10,7 +10,7 @@ from fedfin.audit.events import RosterVersion, Rotation
 from fedfin.client.folder import LenderFolder
 from fedfin.client.pinning import pending, pinned
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FOUNDERS = ("north-bank", "harbour-micro", "lane-micro", "south-bank")
 NEWCOMER = "late-bank"
