@@ -189,8 +189,7 @@ def _kind_of_file(path: Path) -> Kind:
         ("proof", PROOF_FORMAT.encode() in start),
         ("export", EXPORT_FORMAT.encode() in start),
     ]
-    by_content = next((kind for kind, fits in kinds if fits), None)
-    kind = by_content or _SUFFIXES.get(path.suffix)
+    kind: Kind | None = next((kind for kind, fits in kinds if fits), _SUFFIXES.get(path.suffix))
     if kind is None:
         msg = f"{path} is nothing of fedfin's evidence; name a log, a run directory, a pack, an export or a proof"
         raise AuditError(msg)

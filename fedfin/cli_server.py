@@ -223,9 +223,9 @@ def status(
 
         federation = open_federation(chosen(context, config, _DEFAULT))
         log = log_status(federation.log_path, [member.name for member in federation.store.members()])
-        document = {**status_of(federation.store), "log": log}
+        document = status_of(federation.store)
         if json_out:
-            print_json(document)
+            print_json({**document, "log": log})
             return
         if log is not None:
             final = "no checkpoint is" if log["final"] is None else f"{log['final']} are"

@@ -299,7 +299,7 @@ def encode(message: Message) -> bytes:
     arrays: list[bytes] = []
     for item in dataclasses.fields(message):
         value = getattr(message, item.name)
-        if item.name == _WITNESS and not value:
+        if item.name == _WITNESS:
             continue
         if isinstance(value, np.ndarray):
             little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
@@ -307,6 +307,8 @@ def encode(message: Message) -> bytes:
             arrays.append(little.tobytes())
         else:
             fields[item.name] = _to_json(value)
+    if message.witness:
+        fields[_WITNESS] = message.witness  # last, where `with_witness` puts it
     header = json.dumps({"kind": type(message).__name__, "fields": fields}, separators=(",", ":")).encode()
     return b"".join([_MAGIC, struct.pack("<I", len(header)), header, *arrays])
 

@@ -8,6 +8,7 @@ from secure_house import AWAY, MUTE, Killed, SecureHouse, hurry, job_of
 from secure_lenders import NAMES
 from typer.testing import CliRunner
 
+from fedfin.audit.events import JobEnded
 from fedfin.cli import app
 from fedfin.client.status import status_of as status_of_lender
 from fedfin.errors import JobOverError, QuorumError
@@ -64,8 +65,8 @@ def test_lenders_that_accepted_a_job_without_a_quorum_are_told_at_once_and_have_
     assert (end["told"], end["missing"]) == (list(STAYING), [])
     for name in STAYING:
         assert reserved(house, name) == (0.0, False)
-        (line,) = house.journal(name, "job_ended")
-        assert (line["job"], line["status"]) == (end["job"], "abandoned")
+        (entry,) = house.journal(name, JobEnded)
+        assert (entry.job, entry.status) == (end["job"], "abandoned")
         assert house.charges(name) == {}
 
 
@@ -141,7 +142,7 @@ def test_killed_while_it_tells_them_the_job_does_not_go_on(house):
     house.run(job_of("local", rounds=1))
     first = house.store.jobs()[0].job_id
     for name in STAYING:
-        ended = [line["job"] for line in house.journal(name, "job_ended")]
+        ended = [entry.job for entry in house.journal(name, JobEnded)]
         assert ended[0] == first
 
 
