@@ -16,6 +16,7 @@ from fedfin.client.spending import is_held_out
 from fedfin.client.witnessing import last_cosigned, open_forks
 from fedfin.config import LenderPolicy
 from fedfin.errors import BudgetSpentError, ConfigError
+from fedfin.identity import fingerprint_of
 from fedfin.privacy.accounting import borrower_epsilons
 from fedfin.privacy.evaluation_noise import evaluation_job
 from fedfin.privacy.ledger import Ledger, Spent
@@ -82,6 +83,7 @@ def status_of(config_path: Path) -> dict[str, Any]:
         "epsilon_limit": None if fault else policy.epsilon_limit,
         "snapshots": snapshots,
         "models": models,
+        "trust": _trust_of(folder),
         "roster": _roster_of(folder),
         "log": _log_of(folder),
     }
@@ -122,6 +124,15 @@ def _opened(config_path: Path) -> tuple[LenderFolder, str]:
         with contextlib.suppress(ConfigError):
             return LenderFolder(config_path, without=("policy", "holdout")), str(error)
         raise
+
+
+def _trust_of(folder: LenderFolder) -> dict[str, str | None]:
+    """Return the fingerprints that `fedfin audit verify --trust` takes, None where the folder is without the file."""
+    statement = folder.coordinator()
+    return {
+        "root": fingerprint_of(folder.root()) if folder.root_path.exists() else None,
+        "coordinator": None if statement is None else statement.fingerprint,
+    }
 
 
 def _roster_of(folder: LenderFolder) -> dict[str, Any]:

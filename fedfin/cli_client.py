@@ -223,6 +223,9 @@ def _show_status(document: dict[str, Any]) -> None:
             f"{document['config_error']}. Until it is mended this lender takes no part and its limit is not known",
             style="bold red",
         )
+    for what, fingerprint in document["trust"].items():
+        if fingerprint is not None:
+            say(f"fingerprint of the {'root certificate' if what == 'root' else what}: {fingerprint}")
     log = document["log"]
     say(f"log: {log['entries']} entries; cosigned last of the coordinator's: {log['cosigned'] or 'nothing'}")
     for fork in log["forks"]:

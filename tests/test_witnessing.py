@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import rosters
+from cryptography.hazmat.primitives.serialization import Encoding
 from lender_log import logged
 from lenders import ROOT, lender_folder, schema
 from secure_house import Killed, hurry, job_of
@@ -305,6 +306,20 @@ def test_status_tells_of_a_fork_and_the_engineer_clears_it(lender, folder, hones
     assert status_of(folder.config_path)["log"]["forks"] == found["forks"]
     assert CliRunner().invoke(app, command, input="y\n").exit_code == 0
     assert status_of(folder.config_path)["log"]["forks"] == []
+
+
+def test_status_states_the_fingerprints_that_an_auditor_takes_from_a_lender(folder):
+    statement = rosters.coordinator().statement
+    folder.statement_path.write_text(statement.to_json())
+    folder.root_path.write_bytes(rosters.authority().root.public_bytes(Encoding.PEM))
+    trust = {"root": statement.root, "coordinator": statement.fingerprint}
+    assert status_of(folder.config_path)["trust"] == trust
+    shown = CliRunner().invoke(app, ["client", "status", "--config", str(folder.config_path)]).output
+    assert [fingerprint in shown for fingerprint in trust.values()] == [True, True]
+
+    folder.root_path.unlink()  # a folder that was made before there was one
+    folder.statement_path.unlink()
+    assert status_of(folder.config_path)["trust"] == {"root": None, "coordinator": None}
 
 
 # A coordinator and its lenders
