@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from crashing import build_shim
-from lenders import lender_folder
 
 CYCLE = textwrap.dedent(
     """
@@ -24,10 +23,12 @@ CYCLE = textwrap.dedent(
     import numpy as np
 
     from fedfin.privacy.ledger import Ledger
-    from fedfin.update import Accepted, AskHistogram, Done, Finish, Histogram, Train, Update, decode, encode
-    from lenders import JOB, open_lender, proposal, train_request
+    from fedfin.update import Accepted, AskHistogram, Done, Finish, Histogram, Refused, Train, Update, decode, encode
+    from lenders import JOB, lender_folder, open_lender, proposal, train_request
 
-    shim, template, scratch, stride = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+    shim, scratch, stride = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    # here: the coordinator whose log these lenders are shown is this process's
+    template = lender_folder(scratch / "template").parent
     crash = ctypes.CDLL(shim)
     STAGES = ("proposal", "bins", "round 1", "round 2", "round 3", "end")
     ANSWER = dict(zip(STAGES, (Accepted, Histogram, Update, Update, Update, Done)))
@@ -49,7 +50,8 @@ CYCLE = textwrap.dedent(
         # after the last round it only asks for the end: a job that is over answers no round
         for stage in STAGES[max(len(got) - 1, 0) if len(got) < 5 else 5:]:
             answer = lender.answer(question(stage, got))
-            decode(answer, ANSWER[stage])  # no refusal
+            decoded = decode(answer, ANSWER[stage], Refused)
+            assert isinstance(decoded, ANSWER[stage]), f"{stage} was refused: {decoded}"
             assert got.setdefault(stage, answer) == answer, f"{stage} was answered twice, differently"
             (mailbox / "arriving").write_bytes(answer)
             os.replace(mailbox / "arriving", mailbox / stage)
@@ -131,11 +133,10 @@ def folder(tmp_path):
 
 def killed_at_writes(folder, *, stride):
     shim = build_shim(folder)
-    template = lender_folder(folder / "template").parent
     (folder / "scratch").mkdir()
     here = Path(__file__).parent
     finished = subprocess.run(
-        [sys.executable, "-c", CYCLE, shim, template, folder / "scratch", str(stride)],
+        [sys.executable, "-c", CYCLE, shim, folder / "scratch", str(stride)],
         capture_output=True,
         text=True,
         check=False,
