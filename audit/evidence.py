@@ -228,7 +228,7 @@ def _summary(evidence: Evidence) -> str:
         if story is None
         else f"What happened stands in a signed log of {story.size} entries"
         + (
-            f", which {len(story.cosigned_by)} lenders cosigned."
+            f", of which {len(story.cosigned_by)} lenders cosigned the first {story.covered}."
             if story.cosigned_by
             else ", which nobody cosigned."
         )

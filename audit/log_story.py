@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedfin.audit.checkpoint import fingerprint, signature_lines
+from fedfin.audit.checkpoint import fingerprint, parse_checkpoint, signature_lines
 from fedfin.audit.entry import Entry
 from fedfin.audit.events import (
     Approval,
@@ -60,7 +60,9 @@ class LogStory:
         key: Fingerprint of the key that signs it now.
         size: Entries.
         root: Hex, over all entries.
-        checkpoint: The longest, as a note with its cosignatures; None where there is none.
+        checkpoint: The longest that a lender cosigned, or else the longest, as a note with its cosignatures; None where
+            there is none.
+        covered: Entries that it covers.
         cosigned_by: Names on it, besides the log's own.
         num_by_type: Entries of each type.
         num_erased: Entries without a body.
@@ -78,6 +80,7 @@ class LogStory:
     size: int
     root: str
     checkpoint: str | None
+    covered: int
     cosigned_by: tuple[str, ...]
     num_by_type: Mapping[str, int] = field(default_factory=dict)
     num_erased: int = 0
@@ -109,7 +112,8 @@ def read_story(path: Path, job: str) -> LogStory:
 
 
 def _opened(log: LogReader) -> LogStory:
-    note = log.latest_checkpoint()
+    # entries after it, receipts and the seal among them, are covered by the next job's
+    note = log.final_checkpoint(1) or log.latest_checkpoint()
     names = () if note is None else tuple(name for name, _ in signature_lines(note))
     return LogStory(
         origin=log.origin,
@@ -118,6 +122,7 @@ def _opened(log: LogReader) -> LogStory:
         size=log.size,
         root=log.root().hex(),
         checkpoint=note,
+        covered=0 if note is None else parse_checkpoint(note).size,
         cosigned_by=tuple(sorted(set(names) - {log.origin})),
     )
 
