@@ -21,6 +21,11 @@ def check_ending(log: LogReader, key: Ed25519PublicKey) -> None:
         AuditError: The key is another one, the last entry or the right edge of the tree does not fit, or the log is
             shorter or other than its last checkpoint.
     """
+    with log.snapshot():  # another process may append at any moment
+        _check(log, key)
+
+
+def _check(log: LogReader, key: Ed25519PublicKey) -> None:
     size = log.size
     merkle.edge(log.node, size)
     if log.public_key.public_bytes_raw() != key.public_bytes_raw():

@@ -171,6 +171,25 @@ class AuditLog(LogReader):
             raise AuditError(msg) from ticket.error
         return ticket.first
 
+    def append_first(self, event: Event) -> bool:
+        """Log an event if the log is empty: of several processes that found a log, one says so.
+
+        Returns:
+            Whether it was logged.
+
+        Raises:
+            AuditError: As `append`.
+        """
+        text = self._checked(event)
+        with self._lock:
+            if self.size:
+                return False
+            with self._transaction() as tail:
+                is_empty = tail.size == 0
+                if is_empty:
+                    self._insert(tail, [text])
+            return is_empty
+
     def checkpoint(self) -> str:
         """Sign and store a checkpoint of the log as it is; the same one again where nothing was added.
 
@@ -269,22 +288,9 @@ class AuditLog(LogReader):
                 or the disk refused; nothing is erased.
         """
         with self._lock:
-            self._check_ranges(ranges)
-            digest, number = hashlib.sha256(), 0
-            for start, stop in ranges:
-                for index, leaf, body in self.bodies(start, stop):
-                    if body is not None and parse_leaf(body).event.type in _KEPT_TYPES:
-                        msg = (
-                            f"entry {index} of {self.path} must stay, or the log could not be checked;"
-                            " leave it out of the ranges"
-                        )
-                        raise AuditError(msg)
-                    digest.update(leaf)
-                    number += 1
-            event = Pruned(
-                ranges=tuple(ranges), num_entries=number, digest=digest.hexdigest(), retention=retention
-            )
             with self._transaction() as tail:
+                self._check_ranges(ranges)
+                event = self._pruned(ranges, retention)
                 index = tail.size
                 self._insert(tail, [event_json(event)])
                 self._db.executemany("INSERT OR IGNORE INTO erasure VALUES (?, ?)", ranges)
@@ -292,6 +298,22 @@ class AuditLog(LogReader):
             # The WAL still holds the pages as they were: it is merged and cut to nothing.
             self._rows("PRAGMA wal_checkpoint(TRUNCATE)")
             return index
+
+    def _pruned(self, ranges: Sequence[tuple[int, int]], retention: str) -> Pruned:
+        digest, number = hashlib.sha256(), 0
+        for start, stop in ranges:
+            for index, leaf, body in self.bodies(start, stop):
+                if body is not None and parse_leaf(body).event.type in _KEPT_TYPES:
+                    msg = (
+                        f"entry {index} of {self.path} must stay, or the log could not be checked;"
+                        " leave it out of the ranges"
+                    )
+                    raise AuditError(msg)
+                digest.update(leaf)
+                number += 1
+        return Pruned(
+            ranges=tuple(ranges), num_entries=number, digest=digest.hexdigest(), retention=retention
+        )
 
     def _checked(self, event: Event) -> str:
         own = isinstance(event, Rotation) and event.member == self.actor and event.key == "identity"
@@ -354,6 +376,10 @@ class AuditLog(LogReader):
     @contextlib.contextmanager
     def _transaction(self) -> Generator[_Tail]:
         """Give the tail to write at; all of it is kept and synced, or nothing. The lock is held."""
+        if self._depth:
+            msg = f"{self.path} is being read as of one moment; nothing is written until that is done"
+            raise AuditError(msg)
+        self._depth = 1
         try:
             self._roll_back()
             self._db.execute("BEGIN IMMEDIATE")
@@ -361,11 +387,10 @@ class AuditLog(LogReader):
             yield tail
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
-            self._roll_back()
             raise self._failed(error) from error
-        except BaseException:
-            self._roll_back()
-            raise
+        finally:
+            self._depth = 0
+            self._roll_back()  # after a commit there is nothing to
         self._tail = tail
 
     def _present(self) -> _Tail:
@@ -380,12 +405,6 @@ class AuditLog(LogReader):
                 raise AuditError(msg)
             return _Tail(size, merkle.edge(self.node, size))
         return _Tail(size, list(self._tail.edge))
-
-    def _roll_back(self) -> None:
-        if self._db.in_transaction:
-            # A failing disk may refuse even this; the next transaction tries again before it begins.
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
 
     def _check_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
         before = 0

@@ -126,7 +126,8 @@ def open_unchanged(path: Path) -> Generator[tuple[sqlite3.Connection, bool]]:
     lies a `-wal` file with its last entries: both are copied to a temporary folder and read there.
 
     Raises:
-        AuditError: The file does not exist, is no log of this release, or is written too fast to be copied.
+        AuditError: The file does not exist, is no log of this release, or is written too fast to be copied. At the
+            end: a process opened it and wrote while it was read in place, so that what was read is of no one moment.
     """
     if not path.is_file():
         msg = f"{path} is no file; give the path of a log"
@@ -134,7 +135,8 @@ def open_unchanged(path: Path) -> Generator[tuple[sqlite3.Connection, bool]]:
     wal = path.with_name(path.name + "-wal")
     with contextlib.ExitStack() as stack:
         try:
-            unmerged = wal.is_file() and wal.stat().st_size > 0
+            unmerged = wal.is_file()  # an empty one too: whoever opened the log may write at any moment
+            before = _state(path)
             if unmerged:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedfin-log-")))
                 address = f"file:{quote(str(_copy(path, wal, folder)))}?mode=rw"
@@ -156,7 +158,12 @@ def open_unchanged(path: Path) -> Generator[tuple[sqlite3.Connection, bool]]:
                 " backup"
             )
             raise AuditError(msg) from error
-        yield db, unmerged
+        try:
+            yield db, unmerged
+        finally:
+            if not unmerged and _state(path) != before:
+                msg = f"{path} was written while it was read; read it again"
+                raise AuditError(msg)
 
 
 def check_schema(db: sqlite3.Connection, path: Path) -> None:

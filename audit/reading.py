@@ -40,6 +40,7 @@ class LogReader:
         self.unmerged = unmerged
         self._db = db
         self._lock = threading.RLock()
+        self._depth = 0  # of snapshots and transactions that are open
         meta = dict(self._rows("SELECT name, value FROM meta"))
         if meta.keys() != {"origin", "actor", "side"} or meta["side"] not in {"coordinator", "lender"}:
             msg = f"{path} does not say whose log it is; restore it from a backup"
@@ -52,6 +53,30 @@ class LogReader:
     def size(self) -> int:
         """Entries of the log."""
         return int(self._rows("SELECT coalesce(max(idx) + 1, 0) FROM entry")[0][0])
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Generator[None]:
+        """Have all that is read inside be of one moment, whatever other processes append meanwhile.
+
+        Nothing can be appended inside it. It may be nested.
+
+        Raises:
+            AuditError: The file cannot be read.
+        """
+        with self._lock:
+            if self._depth:
+                yield
+                return
+            self._depth = 1
+            try:
+                self._roll_back()
+                self._db.execute("BEGIN")
+                yield
+            except sqlite3.Error as error:
+                raise self._unreadable(error) from error
+            finally:
+                self._depth = 0
+                self._roll_back()
 
     @property
     def connection(self) -> sqlite3.Connection:
@@ -75,7 +100,8 @@ class LogReader:
         Raises:
             AuditError: The log has fewer entries, or cannot be read.
         """
-        return merkle.root(merkle.edge(self.node, self._size(size)))
+        with self.snapshot():
+            return merkle.root(merkle.edge(self.node, self._size(size)))
 
     def node(self, level: int, index: int) -> bytes:
         """Return the stored hash of a complete subtree; level 0 are the leaves.
@@ -108,8 +134,9 @@ class LogReader:
         Raises:
             AuditError: There is no such entry.
         """
-        self.node(0, index)
-        rows = self._rows("SELECT content FROM body WHERE idx = ?", index)
+        with self.snapshot():
+            self.node(0, index)
+            rows = self._rows("SELECT content FROM body WHERE idx = ?", index)
         return rows[0][0] if rows else None
 
     def entry(self, index: int) -> Entry | None:
@@ -157,7 +184,8 @@ class LogReader:
         Raises:
             AuditError: There is no such entry in a log of that size.
         """
-        return merkle.inclusion(self.node, index, self._size(size))
+        with self.snapshot():
+            return merkle.inclusion(self.node, index, self._size(size))
 
     def consistency(self, old: int, new: int | None = None) -> tuple[bytes, ...]:
         """Return the proof that the log of `new` entries begins with that of `old`.
@@ -165,7 +193,8 @@ class LogReader:
         Raises:
             AuditError: The log was never that long, or `old` is larger.
         """
-        return merkle.consistency(self.node, old, self._size(new))
+        with self.snapshot():
+            return merkle.consistency(self.node, old, self._size(new))
 
     def checkpoints(self) -> Iterator[tuple[int, str]]:
         """Give the size and the note of each stored checkpoint, the smallest first, with the log's signature only."""
@@ -190,11 +219,14 @@ class LogReader:
         Raises:
             AuditError: There is none.
         """
-        rows = self._rows("SELECT note FROM checkpoint WHERE size = ?", size)
-        if not rows:
-            msg = f"{self.path} holds no checkpoint of {size} entries; sign one first, or name another size"
-            raise AuditError(msg)
-        return add_signatures(rows[0][0], self.cosignatures(size).values())
+        with self.snapshot():
+            rows = self._rows("SELECT note FROM checkpoint WHERE size = ?", size)
+            if not rows:
+                msg = (
+                    f"{self.path} holds no checkpoint of {size} entries; sign one first, or name another size"
+                )
+                raise AuditError(msg)
+            return add_signatures(rows[0][0], self.cosignatures(size).values())
 
     def last_signed(self) -> tuple[int, str] | None:
         """Return the size and note of the longest checkpoint, without cosignatures; None where there is none."""
@@ -203,17 +235,19 @@ class LogReader:
 
     def latest_checkpoint(self) -> str | None:
         """Return the longest checkpoint with its cosignatures; None where there is none."""
-        last = self.last_signed()
-        return None if last is None else self.note(last[0])
+        with self.snapshot():
+            last = self.last_signed()
+            return None if last is None else self.note(last[0])
 
     def final_checkpoint(self, threshold: int) -> str | None:
         """Return the longest checkpoint that at least `threshold` witnesses cosigned; None where there is none."""
-        rows = self._rows(
-            "SELECT size FROM checkpoint LEFT JOIN cosignature USING (size) GROUP BY size"
-            " HAVING count(name) >= ? ORDER BY size DESC LIMIT 1",
-            threshold,
-        )
-        return self.note(rows[0][0]) if rows else None
+        with self.snapshot():
+            rows = self._rows(
+                "SELECT size FROM checkpoint LEFT JOIN cosignature USING (size) GROUP BY size"
+                " HAVING count(name) >= ? ORDER BY size DESC LIMIT 1",
+                threshold,
+            )
+            return self.note(rows[0][0]) if rows else None
 
     def _size(self, size: int | None) -> int:
         held = self.size
@@ -229,8 +263,16 @@ class LogReader:
             with self._lock:
                 return self._db.execute(query, values).fetchall()
         except (sqlite3.Error, OverflowError) as error:
-            msg = f"{self.path} cannot be read ({error}); restore the log from its backup"
-            raise AuditError(msg) from error
+            raise self._unreadable(error) from error
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:
+            # A failing disk may refuse even this; what begins next tries again before it does.
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+
+    def _unreadable(self, error: sqlite3.Error | OverflowError) -> AuditError:
+        return AuditError(f"{self.path} cannot be read ({error}); restore the log from its backup")
 
 
 @contextlib.contextmanager

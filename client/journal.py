@@ -74,8 +74,9 @@ class Journal:
             self.flush()
             log = self.log
             assert self._key is not None  # noqa: S101  (read when the log was opened)
-            size = log.size
-            return sign(Checkpoint(log.origin, size, log.root(size)), self._key)
+            with log.snapshot():
+                checkpoint = Checkpoint(log.origin, log.size, log.root())
+            return sign(checkpoint, self._key)
 
     @property
     def log(self) -> AuditLog:
@@ -95,8 +96,11 @@ class Journal:
 
     def _opened(self, key: Ed25519PrivateKey) -> AuditLog:
         log = AuditLog.open(self.path, key=key)
-        if not log.size:  # its maker was stopped before the first entry
-            log.append(self._founding(key))
+        try:
+            log.append_first(self._founding(key))  # where its maker was stopped before it
+        except BaseException:
+            log.close()
+            raise
         return log
 
     def _made(self, key: Ed25519PrivateKey) -> AuditLog:
@@ -108,7 +112,7 @@ class Journal:
             if not self.path.exists():
                 raise
             return self._opened(key)  # another process made it in this moment
-        log.append(self._founding(key))
+        log.append_first(self._founding(key))
         return log
 
     def _founding(self, key: Ed25519PrivateKey) -> Founding:

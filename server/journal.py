@@ -68,13 +68,15 @@ def open_federation_log(path: Path, key: Ed25519PrivateKey, *, federation: str, 
         with contextlib.suppress(AuditError):  # another process was quicker, or opening it says what is wrong
             AuditLog.create(path, origin=origin, actor=COORDINATOR, key=key, side="coordinator").close()
     log = AuditLog.open(path, key=key)
-    if not log.size:
-        log.append(
-            Founding(
-                federation=federation,
-                root=root,
-                identity=fingerprint(key.public_key()),
-                release=importlib.metadata.version("fedfin"),
-            )
-        )
+    founding = Founding(
+        federation=federation,
+        root=root,
+        identity=fingerprint(key.public_key()),
+        release=importlib.metadata.version("fedfin"),
+    )
+    try:
+        log.append_first(founding)
+    except BaseException:
+        log.close()
+        raise
     return log

@@ -84,6 +84,7 @@ def test_two_processes_write_one_log(folder):
     folder.journal.close()
     assert verify_log(folder.journal.path).ok
     assert types_of(folder.directory).count("job_ended") == 200
+    assert types_of(folder.directory).count("founding") == 1
     for name in ("one", "two"):
         jobs = [event.job for event in logged(folder.directory, JobEnded) if event.job.startswith(name)]
         assert jobs == [f"{name}-{number}" for number in range(100)]
