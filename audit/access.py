@@ -12,11 +12,12 @@ from fedfin.audit.log import AuditLog
 from fedfin.errors import AuditError
 from fedfin.identity import load_identity_key
 
-__all__ = ["LOG_FILE", "find_log", "owners_key", "record"]
+__all__ = ["LOG_FILE", "cover", "find_log", "owners_key", "record"]
 
 LOG_FILE: Final = "audit.db"
 
 _KEY: Final = Path("keys") / "identity.key"
+_MADE_BY: Final = "`fedfin server init` or `fedfin client join`"
 
 
 def find_log(path: Path) -> Path:
@@ -42,6 +43,21 @@ def owners_key(log: Path) -> Path | None:
     return found if found.is_file() else None
 
 
+def cover(log: Path) -> None:
+    """Have a checkpoint cover the whole log, where its owner's key is at hand; a copy stays as it is.
+
+    A lender's checkpoints are kept by its coordinator, so its log has none of its own until then.
+
+    Raises:
+        AuditError: It could not be stored, or the key is not the log's.
+        ConfigError: The key cannot be read.
+    """
+    path = owners_key(log)
+    if path is not None:
+        with AuditLog.open(log, key=load_identity_key(path, _MADE_BY)) as opened:
+            opened.checkpoint()
+
+
 def record(log: Path, event: Event) -> bool:
     """Log something about the log in itself, where its owner's key is at hand; tell whether it was.
 
@@ -52,8 +68,6 @@ def record(log: Path, event: Event) -> bool:
     path = owners_key(log)
     if path is None:
         return False
-    with AuditLog.open(
-        log, key=load_identity_key(path, "`fedfin server init` or `fedfin client join`")
-    ) as opened:
+    with AuditLog.open(log, key=load_identity_key(path, _MADE_BY)) as opened:
         opened.append(event)
     return True

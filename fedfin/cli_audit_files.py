@@ -35,13 +35,17 @@ def prove(
     """Write a small file that shows that an entry is in the log; anyone checks it with `fedfin audit verify FILE`."""
 
     def work() -> None:
-        from fedfin.audit.access import find_log
+        from fedfin.audit.access import cover, find_log
         from fedfin.audit.events import Export
         from fedfin.audit.proving import prove as make
         from fedfin.audit.reading import open_log
         from fedfin.files import write_public
 
         log_path = find_log(path)
+        with open_log(log_path) as log:
+            is_covered = any(size > entry for size, _ in log.checkpoints())
+        if not is_covered:  # else the checkpoint that there is, which others may have cosigned
+            cover(log_path)
         with open_log(log_path) as log:
             content = make(log, entry) + b"\n"
         target = _target(out or Path(f"entry-{entry}.json"))
@@ -76,13 +80,14 @@ def export(
     """Write a log as lines of JSON, one an entry, with its checkpoints; `fedfin audit verify FILE` checks it."""
 
     def work() -> None:
-        from fedfin.audit.access import find_log
+        from fedfin.audit.access import cover, find_log
         from fedfin.audit.events import Export
         from fedfin.audit.exporting import export_log
         from fedfin.audit.reading import open_log
 
         log_path = find_log(path)
         target = _target(out or Path("audit.jsonl"))
+        cover(log_path)
         with open_log(log_path) as log:
             written = export_log(log, target, pruned=pruned)
         event = Export(
@@ -128,7 +133,7 @@ def prune(
     """
 
     def work() -> None:
-        from fedfin.audit.access import find_log, owners_key
+        from fedfin.audit.access import cover, find_log, owners_key
         from fedfin.audit.log import AuditLog
         from fedfin.audit.reading import open_log
         from fedfin.audit.retention import due
@@ -139,6 +144,7 @@ def prune(
         if yes and key_path is None:
             msg = f"no key lies beside {log_path} (keys/identity.key), so it is a copy; prune the owner's own log"
             raise AuditError(msg)
+        cover(log_path)
         with open_log(log_path) as log:
             found = due(log, dt.datetime.now(dt.UTC), _years(years or []))
         if yes and key_path is not None:

@@ -4,15 +4,18 @@ import json
 
 import pytest
 from evidence_house import JOB, MEMBERS, PLAN, federation_log, run_directory
+from lenders import lender_folder
 from rosters import authority, coordinator, founded
 from typer.testing import CliRunner
 
 from fedfin.audit import retention
 from fedfin.audit.access import record
-from fedfin.audit.events import Service
+from fedfin.audit.checkpoint import fingerprint
+from fedfin.audit.events import Policy, Service
 from fedfin.audit.log import AuditLog
 from fedfin.audit.reading import open_log
 from fedfin.cli import app
+from fedfin.client.folder import LenderFolder
 from fedfin.errors import AuditError
 from fedfin.identity import create_identity_key, private_pem
 
@@ -135,6 +138,27 @@ def test_a_proof_and_exports_pass_anywhere(fed, tmp_path):
         document = in_json("audit", "verify", tmp_path / name, "--trust", OWNER)
         assert document["ok"], document
     assert "exists already" in in_json("audit", "export", fed, code=1)["error"]
+
+
+def test_a_lender_s_log_which_keeps_no_checkpoint_is_proved_exported_and_pruned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bank = LenderFolder(lender_folder(tmp_path / "bank"))
+    bank.journal.write(*(Service(action="started", release="0.1.0"), Policy(digest="a" * 64)))
+    bank.journal.checkpoint()  # for the coordinator, who keeps it
+    bank.journal.close()
+    owner = fingerprint(bank.keys().identity.public_key())
+    run_command("audit", "prove", bank.directory, "1")
+    run_command("audit", "export", bank.directory)
+    for name in ("entry-1.json", "audit.jsonl"):
+        document = in_json("audit", "verify", tmp_path / name, "--trust", owner)
+        assert (document["ok"], "no checkpoint" in str(document["notes"])) == (True, False), document
+    now = tuple(
+        retention.RetentionClass(kept.name, kept.years and 0, kept.types, kept.reason)
+        for kept in retention.RETENTION
+    )
+    monkeypatch.setattr(retention, "RETENTION", now)
+    kept = {one["class"]: one["entries"] for one in in_json("audit", "prune", bank.directory)["classes"]}
+    assert kept == {"decisions": 1, "operation": 3}
 
 
 def test_prune_shows_what_would_go_and_erases_it_with_yes(fed, monkeypatch):
