@@ -15,7 +15,7 @@ from fedfin.audit.checkpoint import fingerprint, parse_checkpoint
 from fedfin.audit.events import CheckpointSeen
 from fedfin.audit.exporting import EXPORT_FORMAT, verify_export
 from fedfin.audit.findings import CHANGED, FoundError, Wrong
-from fedfin.audit.membership import ROSTER, Membership, read_membership, stated_coordinator
+from fedfin.audit.membership import ROOT, ROSTER, Membership, read_membership, stated_coordinator
 from fedfin.audit.pack import RUN_FOLDER
 from fedfin.audit.pack_files import read_manifest, unzip_pack
 from fedfin.audit.proving import PROOF_FORMAT, verify_proof
@@ -189,7 +189,8 @@ def _kind_of_file(path: Path) -> Kind:
         ("proof", PROOF_FORMAT.encode() in start),
         ("export", EXPORT_FORMAT.encode() in start),
     ]
-    kind: Kind | None = next((kind for kind, fits in kinds if fits), _SUFFIXES.get(path.suffix))
+    by_content = [kind for kind, fits in kinds if fits]
+    kind = by_content[0] if by_content else _SUFFIXES.get(path.suffix)
     if kind is None:
         msg = f"{path} is nothing of fedfin's evidence; name a log, a run directory, a pack, an export or a proof"
         raise AuditError(msg)
@@ -255,6 +256,11 @@ def _inspect_run(path: Path, prefix: str, trust: Trust, found: Inspection, progr
     record = read_run(path)
     found.where = f"{prefix}{ROSTER}"
     membership = read_membership(path, trust.fingerprints)
+    if (
+        membership is None and record.plan.aggregation == "secure"
+    ):  # then nobody's cosignature would be asked for
+        what = f"the run {record.job} has no signed roster ({prefix}{ROSTER} and {prefix}{ROOT})"
+        raise FoundError(None, what, "without it nobody but the coordinator vouches for the run: ask for it")
     _tell_membership(membership, found)
     found.where = f"{prefix}{LOG}"
     if not (path / LOG).exists():
@@ -267,6 +273,9 @@ def _inspect_run(path: Path, prefix: str, trust: Trust, found: Inspection, progr
         verify_log(path / LOG, _trust_of(trust, membership, threshold), progress=progress), f"{prefix}{LOG}"
     )
     if found.ok:
+        if membership is not None and membership.coordinator not in _keys_of(path / LOG):
+            what = f"the log is signed by another key than that of the roster's coordinator, {membership.coordinator}"
+            raise FoundError(None, what, "it is another federation's log, or somebody else made it")
         found.checked += check_run(record, path / LOG, membership)
         found.where = f"{prefix}{MANIFEST}"
         _check_seal(seal, record.job, _keys_of(path / LOG))

@@ -34,7 +34,8 @@ class _Told:
     """What the log says of one job."""
 
     plan: str = ""
-    rounds: dict[int, tuple[str, str]] = field(default_factory=dict)
+    rounds: dict[int, RoundCompleted] = field(default_factory=dict)
+    consented: set[str] = field(default_factory=set)
     num_answers: int = 0
 
 
@@ -55,14 +56,14 @@ def check_run(record: RunRecord, path: Path, membership: Membership | None) -> l
         for index, entry in log.entries():
             if entry is not None:
                 _take(entry.event, index, record, told)
-                _check_answer(entry.event, index, membership, origin, told)
+                _check_answer(entry.event, index, record, membership, origin, told)
     if not told.plan:
         what = f"the log names no plan of the job {record.job}"
         raise FoundError(None, what, "it is the log of another run: ask for the right one")
     if told.plan != record.plan_digest:
         what = f"run.json states the plan {record.plan_digest[:16]}, and the log {told.plan[:16]}"
         raise FoundError(None, what, _DISAGREE)
-    _check_rounds(record, told)
+    _check_rounds(record, membership, told)
     checked = [Check("run", f"plan, {len(told.rounds)} rounds and model are those that the log names")]
     if told.num_answers:
         checked.append(
@@ -80,29 +81,52 @@ def _take(event: Event, index: int, record: RunRecord, told: _Told) -> None:
             told.plan = digest
         case RoundCompleted(job=job, round=number) as done if job == record.job:
             before = told.rounds.get(number - 1)
-            if before is not None and before[1] != done.model_before:
+            if before is not None and before.model_after != done.model_before:
                 what = f"round {number} did not begin with the model that round {number - 1} ended with"
                 raise FoundError(index, what, _EXCHANGED)
-            told.rounds[number] = done.model_before, done.model_after
+            told.rounds[number] = done
         case Candidate(job=job, model=model) | Release(job=job, model=model) if job == record.job:
-            if record.model is not None and model != record.model.digest:
-                what = f"run.json names the model {record.model.digest[:16]}, and the log {model[:16]}"
-                raise FoundError(index, what, _DISAGREE)
+            _check_model(record, model, index)
+        case Receipt(job=job, model=str(model)) if job == record.job:
+            _check_model(record, model, index)
         case _:
             pass
 
 
-def _check_answer(event: Event, index: int, membership: Membership | None, origin: str, told: _Told) -> None:
-    if membership is None or not isinstance(event, Consent | Receipt) or event.signature is None:
+def _check_model(record: RunRecord, model: str, index: int) -> None:
+    if record.model is not None and model != record.model.digest:
+        what = f"run.json names the model {record.model.digest[:16]}, and the log {model[:16]}"
+        raise FoundError(index, what, _DISAGREE)
+
+
+def _check_answer(
+    event: Event, index: int, record: RunRecord, membership: Membership | None, origin: str, told: _Told
+) -> None:
+    """Check that an answer is signed by the member that it is of; what the coordinator says itself is not signed."""
+    if membership is None or not isinstance(event, Consent | Receipt):
+        return
+    if isinstance(event, Consent) and event.decision not in {"accepted", "refused"}:
         return
     keys = membership.identities.get(event.member)
     if keys is None:
-        what = f"{event.member} answered job {event.job}, and is in no version of the roster"
-        raise FoundError(index, what, _INVENTED)
+        # a log holds other jobs and refusals of those who were no members; only who takes part must be one
+        if event.job == record.job and not _is_refusal(event) and record.plan.aggregation == "secure":
+            what = f"{event.member} answered job {event.job}, and is in no version of the roster"
+            raise FoundError(index, what, _INVENTED)
+        return
     if not any(_holds(event, key, origin) for key in keys):
         what = f"the {event.type} of {event.member} to job {event.job} is not signed by its identity key"
         raise FoundError(index, what, _INVENTED)
     told.num_answers += 1
+    if event.job == record.job and isinstance(event, Consent) and event.decision == "accepted":
+        if event.plan != record.plan_digest:
+            what = f"{event.member} accepted the plan {event.plan[:16]}, and run.json states {record.plan_digest[:16]}"
+            raise FoundError(index, what, _DISAGREE)
+        told.consented.add(event.member)
+
+
+def _is_refusal(event: Answer) -> bool:
+    return isinstance(event, Consent) and event.decision == "refused"
 
 
 def _holds(event: Answer, key: Ed25519PublicKey, origin: str) -> bool:
@@ -113,8 +137,18 @@ def _holds(event: Answer, key: Ed25519PublicKey, origin: str) -> bool:
     return True
 
 
-def _check_rounds(record: RunRecord, told: _Told) -> None:
-    stated = {one.number for one in record.completed_rounds}
-    for number in sorted(stated ^ told.rounds.keys()):
+def _check_rounds(record: RunRecord, membership: Membership | None, told: _Told) -> None:
+    stated = {one.number: one for one in record.completed_rounds}
+    for number in sorted(stated.keys() ^ told.rounds.keys()):
         has, lacks = ("rounds.jsonl", "the log") if number in stated else ("the log", "rounds.jsonl")
         raise FoundError(None, f"{has} has round {number}, which {lacks} has not", _DISAGREE)
+    for number, done in sorted(told.rounds.items()):
+        one = stated[number]
+        if (sorted(one.cohort), sorted(one.missing)) != (sorted(done.cohort), sorted(done.dropped)):
+            what = f"rounds.jsonl and the log name different lenders in round {number}, or others that were missing"
+            raise FoundError(None, what, _DISAGREE)
+        if membership is None or record.plan.aggregation != "secure":
+            continue  # a job in clear waits for no roster
+        for name in sorted({*done.cohort} - told.consented):
+            what = f"{name} is in the sum of round {number}, and the log holds no consent that its identity key signed"
+            raise FoundError(None, what, _INVENTED)

@@ -6,11 +6,11 @@ import sqlite3
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
-from evidence_house import JOB, MEMBERS, consent, cosigned, federation_log, run_directory
+from evidence_house import JOB, MEMBERS, MODELS, PLAN, consent, cosigned, federation_log, run_directory
 from rosters import authority, coordinator, founded, keys_of, signed, version
 from typer.testing import CliRunner
 
-from fedfin.audit.events import CheckpointSeen, RoundCompleted, Service
+from fedfin.audit.events import CheckpointSeen, Consent, Receipt, RoundCompleted, Service
 from fedfin.audit.log import AuditLog
 from fedfin.audit.reading import open_log
 from fedfin.audit.sealing import seal_run
@@ -206,6 +206,64 @@ def test_a_consent_of_an_invented_lender_or_by_another_key(tmp_path):
         fed = federation_log(tmp_path / f"fed{number}", extra=(consent(name, key=key),))
         run = run_directory(tmp_path / str(number), fed)
         assert told in wrong(run)
+
+
+def test_an_answer_that_nobody_signed(tmp_path):
+    for number, answer in enumerate(
+        (
+            Consent(job=JOB, member="city-bank", plan=PLAN.digest(), decision="accepted"),
+            Consent(job=JOB, member="made-up", plan=PLAN.digest(), decision="accepted"),
+            Receipt(job=JOB, member="city-bank", status="completed", model=MODELS[2]),
+        )
+    ):
+        run = run_directory(
+            tmp_path / str(number), federation_log(tmp_path / f"fed{number}", extra=(answer,))
+        )
+        assert "not signed by its identity key" in wrong(run) or "in no version" in wrong(run)
+
+
+@pytest.mark.parametrize("consented", [False, True])
+def test_an_invented_lender_in_a_round_s_sum(tmp_path, consented):
+    cohort = (*MEMBERS, "made-up")
+    answers = (consent("made-up"),) if consented else ()
+    invented = RoundCompleted(
+        job=JOB, round=3, cohort=cohort, seconds="1.5", model_before=MODELS[2], model_after=MODELS[2]
+    )
+    run = run_directory(tmp_path, federation_log(tmp_path / "fed", extra=answers))
+    with AuditLog.open(run / "audit.db", key=coordinator().key) as log:
+        log.append(invented)
+        cosigned(log)
+    with (run / "rounds.jsonl").open("a") as rounds:
+        stated = {"event": "round_done", "round": 3, "cohort": list(cohort), "missing": {}, "seconds": 1.5}
+        rounds.write(json.dumps(stated) + "\n")
+    told = wrong(run)
+    assert "made-up" in told
+    assert "no consent" in told or "in no version of the roster" in told
+
+
+def test_a_member_in_a_round_s_sum_that_never_agreed_to_the_job(tmp_path):
+    run = run_directory(tmp_path, federation_log(tmp_path / "fed", members=MEMBERS[:2]))
+    assert "north-bank is in the sum of round 1, and the log holds no consent" in wrong(run)
+
+
+def test_a_run_whose_roster_was_taken_away_by_its_owner(run):
+    for name in ("roster.json", "ca.pem"):
+        content = (run / name).read_bytes()
+        (run / name).unlink()
+        assert "has no signed roster" in wrong(run, trust=founded(MEMBERS).statement.fingerprint)
+        (run / name).write_bytes(content)
+
+
+def test_rounds_that_name_other_lenders_than_the_log(run):
+    lines = (run / "rounds.jsonl").read_text()
+    (run / "rounds.jsonl").write_text(
+        lines.replace('"north-bank"], "missing": {}', '"south-bank"], "missing": {}')
+    )
+    assert "name different lenders in round 1" in wrong(run)
+    (run / "rounds.jsonl").write_text(
+        lines.replace('"missing": {}', '"missing": {"south-bank": "no answer"}')
+    )
+    assert "name different lenders in round 1" in wrong(run)
 
 
 def test_too_few_cosignatures(tmp_path):
