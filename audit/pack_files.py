@@ -171,6 +171,10 @@ def _checked(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
     if len(entries) > _MAX_FILES or len({entry.filename for entry in entries}) != len(entries):
         msg = "it names too many files, or one twice"
         raise ValueError(msg)
+    # The same bytes named by many entries would grow without compression.
+    if sum(entry.file_size for entry in entries) > size:
+        msg = "its files are together larger than it is"
+        raise ValueError(msg)
     for entry in entries:
         plain = _NAME.fullmatch(entry.filename) and ".." not in PurePosixPath(entry.filename).parts
         # Stored, so that no file can be larger than the whole.

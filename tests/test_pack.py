@@ -1,5 +1,6 @@
 """An evidence pack holds what a stranger needs, tells it in one page, and no byte of it can be changed unseen."""
 
+import copy
 import random
 import re
 import shutil
@@ -117,6 +118,20 @@ def test_a_pack_that_nobody_signed_says_so_and_one_of_another_signer_is_refused(
     assert "not the coordinator's" in inspect(folder, ROOT).wrong.what
     seal_pack(folder, "another", coordinator().key)
     assert "is of the job another" in inspect(folder, ROOT).wrong.what
+
+
+def test_a_zip_whose_files_share_their_bytes_is_refused_before_anything_is_written(tmp_path):
+    path = tmp_path / "pack.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a", b"0" * 10_000)
+        entry = archive.getinfo("a")
+        for number in range(50):
+            again = copy.copy(entry)
+            again.filename = f"a{number}"
+            archive.filelist.append(again)
+            archive.NameToInfo[again.filename] = again
+    told = inspect(path).wrong.what
+    assert "together larger" in told or "Overlapped" in told
 
 
 def test_a_zip_that_leads_out_of_its_folder_or_holds_a_bomb_is_refused(tmp_path):
