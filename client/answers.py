@@ -62,11 +62,10 @@ def answer_once(
     job.folder.keep_answer(work.stage, asked + answer)
     digest = hashlib.sha256(answer).hexdigest()
     if work.events:
+        # on the disk first: nothing is spent that the log does not say. Killed in between, it is said again.
+        journal.write(*charge_of(job, work))
         ledger.commit(work.charged_to, work.stage, work.events, digest)
-    journal.note(
-        *charge_of(job, work),
-        Exchange(job=job.job_id, stage=work.stage, step="released", cohort_size=0, digest=digest),
-    )
+    journal.note(Exchange(job=job.job_id, stage=work.stage, step="released", cohort_size=0, digest=digest))
     say(f"job {job.job_id}: {work.stage} answered")
     return answer
 

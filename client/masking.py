@@ -309,8 +309,9 @@ class Masking:
     ) -> None:
         digest = hashlib.sha256(answer).hexdigest()
         if work.events:
+            # on the disk first: nothing is spent that the log does not say. Killed in between, it is said again.
+            self._folder.journal.write(*charge_of(held.job, work))
             self._ledger.commit(work.charged_to, work.stage, work.events, digest)
-        self._folder.journal.note(*charge_of(held.job, work))
         self._note(step, held.context, cohort_size, digest)
 
     def _note(

@@ -13,10 +13,10 @@ from lenders import JOB, PLAN, AskedLender, lender_folder, open_lender, proposal
 from secure_lenders import chain_of
 from typer.testing import CliRunner
 
-from fedfin.audit.events import Refusal
+from fedfin.audit.events import Budget, Refusal
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
-from fedfin.errors import ConfigError, DataError, LedgerError, LinkError
+from fedfin.errors import AuditError, ConfigError, DataError, LedgerError, LinkError
 from fedfin.plan import ModelPlan, PrivacyPlan, TrainingPlan
 from fedfin.privacy.ledger import Ledger
 from fedfin.update import (
@@ -92,7 +92,9 @@ def test_the_same_round_for_another_model_is_refused(bank):
     assert commits(bank) == ["bins", "round 1"]
 
 
-@pytest.mark.parametrize("dies", ["before the answer is kept", "before it is charged", "before it is sent"])
+@pytest.mark.parametrize(
+    "dies", ["before the answer is kept", "before it is logged", "before it is charged", "before it is sent"]
+)
 def test_killed_at_any_step_a_stage_is_charged_once_for_what_left(bank, monkeypatch, dies):
     """Whatever leaves was charged, once; whatever did not leave was made anew."""
 
@@ -109,10 +111,12 @@ def test_killed_at_any_step_a_stage_is_charged_once_for_what_left(bank, monkeypa
     with monkeypatch.context() as patch:
         if dies == "before the answer is kept":
             patch.setattr("fedfin.client.folder.JobFolder.keep_answer", die)
+        elif dies == "before it is logged":
+            patch.setattr("fedfin.client.journal.Journal.flush", die)
         elif dies == "before it is charged":
             patch.setattr("fedfin.privacy.ledger.Ledger.commit", die)
         else:
-            patch.setattr("fedfin.client.journal.Journal.flush", die)
+            patch.setattr("fedfin.client.witnessing.Witness.attach", die)
         with pytest.raises(Killed):
             lender.answer(question)
     lender.close()
@@ -123,6 +127,23 @@ def test_killed_at_any_step_a_stage_is_charged_once_for_what_left(bank, monkeypa
     assert commits(bank) == ["bins", "round 1"]
     # charged before the kill: these very bytes may have left; not charged: they did not, and are made anew
     assert (answer == unsent) == (dies == "before it is sent")
+
+
+def test_nothing_is_spent_that_the_log_does_not_say(bank, monkeypatch):
+    def full(*_):
+        raise AuditError("the disk is full")
+
+    lender = open_lender(bank)
+    lender.answer(proposal())
+    with monkeypatch.context() as patch:
+        patch.setattr("fedfin.audit.log.AuditLog.append_many", full)
+        with pytest.raises(AuditError):
+            lender.answer(BINS)
+    assert commits(bank) == []
+    lender.answer(BINS)
+    assert commits(bank) == ["bins"]
+    said = [event.stage for event in logged(bank.parent, Budget) if event.action == "commit"]
+    assert set(said) == {"bins"}
 
 
 def test_an_answer_that_was_charged_and_lost_is_not_made_twice(bank):

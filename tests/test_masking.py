@@ -307,7 +307,9 @@ def test_work_that_fails_is_charged_in_a_private_job_and_the_lender_drops_out(tm
     assert one.combiner.survivors == set(NAMES) - {"bank-a"}
 
 
-@pytest.mark.parametrize("dies", ["before the marker", "before the charge", "before it is sent"])
+@pytest.mark.parametrize(
+    "dies", ["before the marker", "before it is logged", "before the charge", "before it is sent"]
+)
 def test_killed_at_any_step_a_vector_leaves_only_after_its_marker_and_its_charge(tmp_path, monkeypatch, dies):
     class Killed(BaseException):
         pass
@@ -319,8 +321,9 @@ def test_killed_at_any_step_a_vector_leaves_only_after_its_marker_and_its_charge
     one = job.start(job.bins_question()).open().share()
     target = {
         "before the marker": "fedfin.client.sum_log.SumLog.release",
+        "before it is logged": "fedfin.client.journal.Journal.flush",
         "before the charge": "fedfin.privacy.ledger.Ledger.commit",
-        "before it is sent": "fedfin.client.journal.Journal.flush",
+        "before it is sent": "fedfin.client.witnessing.Witness.attach",
     }[dies]
     with monkeypatch.context() as patch:
         patch.setattr(target, die)
@@ -329,9 +332,7 @@ def test_killed_at_any_step_a_vector_leaves_only_after_its_marker_and_its_charge
     job.restart("bank-a")
     assert charges(job.banks, "bank-a") == (["bins"] if dies == "before it is sent" else [])
     other = job.start(job.bins_question(), WITHOUT_LAST)
-    rule = {"before the marker": None, "before the charge": "differencing", "before it is sent": "charged"}[
-        dies
-    ]
+    rule = {"before the marker": None, "before it is sent": "charged"}.get(dies, "differencing")
     other.open().share()
     if rule == "charged":
         assert other.refused["bank-a"].startswith("charged: ")
