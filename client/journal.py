@@ -104,6 +104,13 @@ class Journal:
         return log
 
     def _made(self, key: Ed25519PrivateKey) -> AuditLog:
+        # An approval is logged before it is kept, and every member gave one: so there was a log.
+        if (self._directory / "roster.approved.json").exists():
+            msg = (
+                f"the log {self.path} is gone, and with it what this lender cosigned of its coordinator's log: restore"
+                " the newest copy from the backup. Without one, have the coordinator remove this lender, and join anew"
+            )
+            raise AuditError(msg)
         root = root_fingerprint(self._directory / "ca.pem")
         origin = lender_origin(self._federation, root, self._name)
         try:

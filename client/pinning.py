@@ -230,14 +230,29 @@ def _checked(folder: LenderFolder, text: str, own: RosterMember, *, complete: bo
     check_coordinator(folder, chain.statement)
     chain.verify(folder.root(), folder.config.federation, complete=complete)
     before = pinned(folder)
-    if before is not None and not chain.holds(before):
-        what = (
-            f"the coordinator's chain of rosters does not have version {before.number} in it as this lender pinned it"
-            f" ({before.digest()[:12]}): it shows different rosters to different members; ask the others which they"
-            " have"
-        )
-        raise refusal("roster_changed", what)
+    known = _logged(folder) if before is None else (before.number, before.digest())
+    if known is not None:
+        number, digest = known
+        if number > len(chain.versions) or chain.versions[number - 1].version.digest() != digest:
+            what = (
+                f"the coordinator's chain of rosters does not have version {number} in it as this lender pinned it"
+                f" ({digest[:12]}): it shows different rosters to different members; ask the others which they have"
+            )
+            raise refusal("roster_changed", what)
     return chain
+
+
+def _logged(folder: LenderFolder) -> tuple[int, str] | None:
+    """Return number and digest of the version that was pinned last by the log: roster.json may have been lost."""
+    if not folder.journal.path.exists():
+        return None
+    log = folder.journal.log
+    for index in reversed(range(log.size)):
+        entry = log.entry(index)
+        event = None if entry is None else entry.event
+        if isinstance(event, events.RosterVersion) and event.action == "pinned":
+            return event.number, event.digest
+    return None
 
 
 def _pin(folder: LenderFolder, chain: RosterChain, before: RosterVersion | None) -> None:

@@ -246,6 +246,26 @@ def test_a_damaged_file_stops_secure_sums_until_it_is_restored(bank, file, conte
             bank.accept(bank.founded())
 
 
+def test_a_pinned_roster_that_is_gone_is_known_from_the_log(bank):
+    """Else a coordinator could lead this lender from an earlier approved version into another history."""
+    first = bank.founded()
+    bank.refuses("roster_changed", first)
+    approve(bank.folder, pending(bank.folder))
+    bank.accept(first)
+    names = ("bank-a", *OTHERS)
+    true = bank.after(first, (*names, "bank-e"), (*OTHERS, "bank-e"))
+    false = bank.after(first, (*names, "bank-f"), (*OTHERS, "bank-f"))
+    bank.accept(true)
+    bank.folder.roster_path.unlink()
+    for other in (false, first):
+        with pytest.raises(ProtocolRefusalError, match="does not have version 2"):
+            bank.accept(other)
+        with pytest.raises(ProtocolRefusalError, match="does not have version 2"):
+            bank.show(other)
+    bank.accept(true)
+    assert pinned(bank.folder) == true.last
+
+
 def test_a_roster_that_nobody_signed_vouches_for_nothing(bank):
     """As an earlier release pinned it: the first signed version is approved whole."""
     bank.folder.roster_path.write_text(bank.founded().last.roster().to_json())
