@@ -211,7 +211,6 @@ async def _serve(federation: Federation, secret: str) -> None:
         members.forget()
 
     def rotated(what: Rotated) -> None:
-        log_rotation(log, what)
         _register(state, what.after)
         members.forget()
 
@@ -224,7 +223,14 @@ async def _serve(federation: Federation, secret: str) -> None:
         on_member=enrolled,
     )
     book = RosterBook(federation.store, identity)
-    renewal = RenewalDesk(federation.store, authority, book, config.federation, rotated)
+    renewal = RenewalDesk(
+        federation.store,
+        authority,
+        book,
+        config.federation,
+        rotated,
+        log=lambda what: log_rotation(log, what),
+    )
     public = uvicorn.Server(
         uvicorn.Config(
             FleetOnly(

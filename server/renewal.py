@@ -43,7 +43,7 @@ class Rotated:
 
 
 class RenewalDesk:
-    """Checks a member's requests; `on_rotated` tells the SuperLink of the new node key and logs it."""
+    """Checks a member's requests; `log` logs new keys before they count, `on_rotated` tells the SuperLink of them."""
 
     def __init__(
         self,
@@ -52,12 +52,15 @@ class RenewalDesk:
         book: RosterBook,
         federation: str,
         on_rotated: Callable[[Rotated], None],
+        *,
+        log: Callable[[Rotated], None],
     ) -> None:
         self._store = store
         self._authority = authority
         self._book = book
         self._federation = federation
         self._on_rotated = on_rotated
+        self._log = log
 
     def rotate(self, body: bytes) -> str:
         """Take over a member's new keys.
@@ -71,6 +74,7 @@ class RenewalDesk:
         Raises:
             EnrolmentError: The request is malformed, a key's possession is not proved, the old identity key did not
                 sign it, or a key is another member's.
+            AuditError: It cannot be logged, and so is not done.
         """
         try:
             request = RotationRequest.model_validate_json(body)
@@ -101,10 +105,11 @@ class RenewalDesk:
                 old.identity_key(), request.rotation, message, "the signature over the new keys"
             )
             version = self._book.rotation(old, new, request.rotation)
-            self._store.replace_keys(before, after, version)
+            rotated = Rotated(before, after, request.rotation, version)
+            self._store.replace_keys(before, after, version, lambda: self._log(rotated))
         except (ProtocolRefusalError, LinkError) as error:
             raise EnrolmentError(str(error)) from error
-        self._on_rotated(Rotated(before, after, request.rotation, version))
+        self._on_rotated(rotated)
         return after.certificate
 
     def renew(self, body: bytes) -> str:

@@ -9,14 +9,15 @@ import contextlib
 import datetime as dt
 import json
 import sqlite3
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedfin.audit.origins import COORDINATOR
 from fedfin.errors import EnrolmentError
 from fedfin.invitation import Invitation
 from fedfin.roster_chain import SignedRoster
@@ -129,8 +130,11 @@ class FederationStore:
         """Keep the hash of an invitation, for 24 hours; an unused older one for the same name is void.
 
         Raises:
-            EnrolmentError: A lender of that name is enrolled already.
+            EnrolmentError: A lender of that name is enrolled already, or it is the coordinator's in every log.
         """
+        if invitation.name == COORDINATOR:
+            msg = f"{invitation.name} is how logs name the coordinator; take another name for the lender"
+            raise EnrolmentError(msg)
         expires = dt.datetime.now(dt.UTC) + dt.timedelta(hours=TOKEN_HOURS)
         with self._write() as db:
             if db.execute("SELECT 1 FROM members WHERE name = ?", (invitation.name,)).fetchone():
@@ -202,13 +206,20 @@ class FederationStore:
             # Nobody waits for its answer or its confirmation any more, and a newcomer of that name is a newcomer.
             db.execute("DELETE FROM answers WHERE name = ?", (name,))
 
-    def replace_keys(self, before: Member, after: Member, rotation: SignedRoster | None) -> None:
+    def replace_keys(
+        self,
+        before: Member,
+        after: Member,
+        rotation: SignedRoster | None,
+        log: Callable[[], None] = lambda: None,
+    ) -> None:
         """Put a member's new keys in the place of those before, with the version that says so: all or nothing.
 
         Args:
             before: The member as it was when its request was checked.
             after: The same lender with its new keys.
             rotation: The version of the roster that this makes; None where there is no complete version yet.
+            log: Called when nothing stands in its way any more; where it raises, nothing is replaced.
 
         Raises:
             EnrolmentError: The member's keys are not those of `before` any more, or a key is another member's.
@@ -238,6 +249,7 @@ class FederationStore:
                 raise EnrolmentError(msg)
             if rotation is not None:
                 self.versions.add_within(db, rotation)
+            log()
 
     def members(self) -> tuple[Member, ...]:
         """Return the roster, by name."""
@@ -290,9 +302,19 @@ class FederationStore:
             ).fetchall()
         return tuple(Job(*row) for row in rows)
 
-    def save_checkpoint(self, job_id: str, checkpoint: Checkpoint) -> None:
-        """Keep the newest state of a job, durably; the round counts as done from here on."""
+    def save_checkpoint(
+        self, job_id: str, checkpoint: Checkpoint, said: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep the newest state of a job, durably; the round counts as done from here on.
+
+        Args:
+            job_id: The job.
+            checkpoint: Its state.
+            said: The event that is said of it next, JSON: both are kept, or neither.
+        """
         with self._write() as db:
+            if said is not None:
+                db.execute("INSERT OR REPLACE INTO said VALUES (?, ?)", (job_id, json.dumps(said)))
             db.execute(
                 "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -306,6 +328,17 @@ class FederationStore:
                     checkpoint.num_loans,
                 ),
             )
+
+    def keep_said(self, job_id: str, said: Mapping[str, Any]) -> None:
+        """Keep the event that is said of a job next, JSON: what was killed before it was logged is logged late."""
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO said VALUES (?, ?)", (job_id, json.dumps(said)))
+
+    def said(self, job_id: str) -> dict[str, Any] | None:
+        """Return the event that was kept last of a job, or None."""
+        with self._read() as db:
+            row = db.execute("SELECT event FROM said WHERE job_id = ?", (job_id,)).fetchone()
+        return None if row is None else dict(json.loads(row[0]))
 
     def checkpoint(self, job_id: str) -> Checkpoint | None:
         """Return the newest state of a job, or None before its bins are made."""

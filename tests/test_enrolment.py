@@ -407,7 +407,10 @@ def app(federation):
     identity = CoordinatorIdentity(STATEMENT, COORDINATOR)
     book = RosterBook(federation.store, identity)
     return enrolment_app(
-        federation.desk, RenewalDesk(federation.store, AUTHORITY, book, "alps", federation.announced.append)
+        federation.desk,
+        RenewalDesk(
+            federation.store, AUTHORITY, book, "alps", federation.announced.append, log=lambda _: None
+        ),
     )
 
 

@@ -22,7 +22,7 @@ from fedfin.client.accepted import JobFolder
 from fedfin.client.folder import LenderFolder
 from fedfin.client.renewing import renew_if_due, rotate
 from fedfin.enrolling import CertificateAnswer, RenewalRequest, RotationRequest
-from fedfin.errors import ConfigError, EnrolmentError, LinkError
+from fedfin.errors import AuditError, ConfigError, EnrolmentError, LinkError
 from fedfin.identity import (
     certificate_request,
     create_lender_keys,
@@ -54,9 +54,14 @@ class House:
         if signed:
             self.store.versions.add(rosters.founded(self.keys).versions[-1])
         self.book = RosterBook(self.store, rosters.coordinator())
-        self.told = []
+        self.told, self.log = [], lambda _: None
         self.desk = RenewalDesk(
-            self.store, rosters.authority(), self.book, rosters.FEDERATION, self.told.append
+            self.store,
+            rosters.authority(),
+            self.book,
+            rosters.FEDERATION,
+            self.told.append,
+            log=lambda what: self.log(what),  # noqa: PLW0108  (tests put another in its place)
         )
 
     def row(self, name="bank-a"):
@@ -209,6 +214,23 @@ def test_a_rotation_is_logged_with_the_old_keys_signature(house, log, tmp_path):
     assert [event.proof for event in rotations] == [house.told[0].proof, None, None, None]
     (version,) = logged(tmp_path, RosterVersion)
     assert (version.action, version.number, version.changed) == ("signed", 2, ("bank-a",))
+
+
+def test_new_keys_that_cannot_be_logged_do_not_count(house):
+    def full(_):
+        raise AuditError("the disk is full")
+
+    new, before = create_lender_keys(), house.row()
+    house.log = full
+    with pytest.raises(AuditError, match="the disk is full"):
+        house.rotate(new)
+    assert (house.row(), house.told) == (before, [])
+    assert house.book.chain().last.number == 1
+    logged_rotations = []
+    house.log = logged_rotations.append
+    house.rotate(new)
+    assert logged_rotations == house.told
+    assert house.row() == member("bank-a", new)
 
 
 # Certificates

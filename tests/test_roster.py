@@ -62,6 +62,11 @@ def test_an_invited_lender_is_enrolled_and_its_invitation_used_up(store):
     assert store.pending_invitations() == ()
 
 
+def test_nobody_is_invited_under_the_coordinator_s_name(store):
+    with pytest.raises(EnrolmentError, match="take another name"):
+        store.invite(Invitation.create("coordinator", "fed.example:9092", "0" * 64))
+
+
 def test_an_invitation_holds_for_24_hours(store, path):
     before = dt.datetime.now(dt.UTC)
     hashed = invited(store, "north")
