@@ -3,11 +3,12 @@
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Self
+from typing import Annotated, Any, Final, NoReturn, Self
 
 import typer
 from rich import box
@@ -34,6 +35,9 @@ __all__ = [
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# What moves the cursor or turns the direction of text: the other side's words must not change what a person reads.
+_UNSEEN: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 console = Console(highlight=False, soft_wrap=True)
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -79,8 +83,12 @@ class ProgressBar:
 
 
 def say(text: str, *, style: str = "") -> None:
-    """Print a line; brackets in it are text, not markup."""
-    console.print(Text(text, style=style))
+    """Print a line; brackets in it are text, not markup, and control characters are shown as unknown."""
+    console.print(Text(_seen(text), style=style))
+
+
+def _seen(text: str) -> str:
+    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -115,7 +123,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], *, numeri
             Text(columns[index]), justify="right" if index >= numeric_from else "left", no_wrap=index == 0
         )
     for row in rows:
-        table.add_row(*(Text(row[index]) for index in shown))
+        table.add_row(*(Text(_seen(row[index])) for index in shown))
     console.print(table)
     console.print()
 
@@ -128,7 +136,7 @@ def fail(message: str, *, json_out: bool = False) -> NoReturn:
         except OSError:  # standard output itself is what fails
             json_out = False
     if not json_out:
-        _errors.print(Text.assemble(("fedfin: ", "bold red"), message))
+        _errors.print(Text.assemble(("fedfin: ", "bold red"), _seen(message)))
     raise SystemExit(1)
 
 

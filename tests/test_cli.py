@@ -12,7 +12,7 @@ from lenders import lender_folder
 from typer.testing import CliRunner
 
 from fedfin.cli import app
-from fedfin.cli_output import guarded
+from fedfin.cli_output import guarded, print_table, say
 from fedfin.config import LenderConfig
 from fedfin.errors import ConfigError
 from fedfin.parsing import parse_yaml
@@ -268,3 +268,13 @@ def test_a_mistyped_epsilon_is_a_mistake_and_no_bug(epsilon, tmp_path):
     assert "--epsilon" in done.stderr
     assert "bug" not in done.stderr
     assert not (tmp_path / "demo").exists()
+
+
+def test_words_of_the_other_side_cannot_steer_the_terminal(capsys):
+    """A coordinator's reason, a lender's refusal: what an engineer approves by must be what stands there."""
+    evil = "plain\x1b[2K\x1b[1Ahidden \u202etxt\x9b2J"
+    say(evil)
+    print_table("rows", ["what"], [[evil]])
+    told = capsys.readouterr().out
+    assert told.count("plain") == told.count("hidden") == 2
+    assert not set(told) & {"\x1b", "\x9b", "\u202e"}
