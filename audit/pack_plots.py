@@ -44,6 +44,7 @@ PLOT_STYLE: Final[Any] = {
     "xtick.color": "#3a4452",
     "ytick.color": "#1c2430",
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a category may hold dollar signs
     "svg.hashsalt": "fedfin",
 }
 

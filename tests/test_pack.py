@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from evidence_house import JOB, MEMBERS, federation_log, run_directory
+from evidence_house import JOB, MEMBERS, evaluation, federation_log, run_directory
 from rosters import authority, coordinator
 
 from fedfin.audit.evidence import AuditBound, ColumnCard, Evidence, Gain, PrivacyFigures
@@ -17,6 +17,7 @@ from fedfin.audit.log_story import read_story
 from fedfin.audit.obligations import OBLIGATIONS
 from fedfin.audit.pack import write_pack
 from fedfin.audit.pack_files import seal_pack
+from fedfin.audit.pack_plots import fairness_plot, svg
 from fedfin.audit.run_record import read_run
 from fedfin.audit.verifying import Trust
 from fedfin.errors import AuditError
@@ -253,3 +254,12 @@ def test_the_story_tells_who_agreed_to_what(tmp_path):
     assert story.cosigned_by == MEMBERS
     assert len(story.rosters) == len(story.approvals) == len(story.decisions) == 1
     shutil.rmtree(tmp_path / "fed")
+
+
+@pytest.mark.parametrize("label", ["$0 to $500", "$\\frac{", "--><script>x</script>"])
+def test_a_category_is_drawn_as_it_stands(label):
+    told = {**evaluation(1, 1)}
+    told["fairness"][0]["groups"][1]["label"] = label
+    drawn = svg(fairness_plot(told))
+    assert "<script" not in drawn
+    assert "<" in label or f"Sex: {label}" in drawn
