@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from fedfin.audit.events import Exchange, RoundCompleted
 from fedfin.audit.reading import open_log
+from fedfin.audit.verifying import verify_log
 from fedfin.credit.export import load_model, model_digest
 from fedfin.errors import AuditError, LinkError, ProtocolRefusalError, RoundAbortedError
 from fedfin.plan import JobPlan
@@ -70,8 +71,8 @@ def replay(run: Path, number: int) -> Replayed:
         number: The round.
 
     Raises:
-        AuditError: A transcript is missing or damaged, or a sum, a question or a model is not the one that was logged;
-            says which.
+        AuditError: The log does not hold, a transcript is missing or damaged, or a sum, a question or a model is not
+            the one that was logged; says which.
     """
     document = _read_run(run)
     plan = JobPlan.model_validate(document["plan"])
@@ -176,8 +177,12 @@ def _read_run(run: Path) -> dict[str, Any]:
 def _read_log(run: Path, job: str) -> _Logged:
     path = run / "audit.db"
     # a run that goes on has no copy yet: the federation's own log lies two folders up
+    path = path if path.exists() else run.parent.parent / "audit.db"
+    if (wrong := verify_log(path).wrong) is not None:
+        msg = f"{path} does not hold: {wrong.what}; nothing can be compared with it ({wrong.meaning})"
+        raise AuditError(msg)
     found = _Logged()
-    with open_log(path if path.exists() else run.parent.parent / "audit.db") as log:
+    with open_log(path) as log:
         for _, entry in log.entries():
             match None if entry is None else entry.event:
                 case Exchange(job=of, step="unmasked", digest=str(digest)) as event if of == job:

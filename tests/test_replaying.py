@@ -126,6 +126,15 @@ def test_what_was_changed_in_a_transcript_is_named(house, tmp_path, change, name
         replay(run, 2)
 
 
+def test_a_log_that_was_changed_is_nothing_to_compare_with(house, tmp_path):
+    run, _ = finished(house, job_of("local", rounds=1), tmp_path)
+    content = (run / "audit.db").read_bytes()
+    (run / "audit.db").write_bytes(content.replace(b'"step":"unmasked"', b'"step":"released"'))
+    assert (run / "audit.db").read_bytes() != content
+    with pytest.raises(AuditError, match=r"audit\.db does not hold"):
+        replay(run, 1)
+
+
 def test_the_command_says_what_it_did_and_fails_by_exit_1(house, tmp_path):
     import typer
 
