@@ -59,6 +59,10 @@ _ONLINE_FRESH_S: Final = 0.3
 _GRACE_S: Final = 5.0  # once enough have answered: a lender that was killed holds nobody up
 
 
+_OF_THE_LOG: Final = frozenset({"exchange", "job_failed", "job_stopped"})
+"""Too many for people, or said to them in another way."""
+
+
 class GridExchange:
     """The way to the lenders over Flower's Grid; failures are put down to the lender they belong to."""
 
@@ -287,8 +291,9 @@ def _run_federation(exchange: GridExchange, federation: Federation, *, new_job: 
             for sealed in seal_finished(federation.runs_path, federation.root_path, store, identity, journal):
                 _say({"event": "sealed", "job": sealed})
 
-        seal()  # what was killed between a job's end and its seal
         recorder = Recorder(journal, hashlib.sha256(federation.config_path.read_bytes()).hexdigest())
+        recorder.reconcile(store)
+        seal()  # what was killed between a job's end and its seal
 
         def chosen(event: Mapping[str, Any]) -> None:
             if event["event"] == "abandoned":
@@ -317,7 +322,7 @@ def _run_logged(
     def say(event: Mapping[str, Any]) -> None:
         recorder.take(event)
         directory.note(event)
-        if event["event"] != "exchange":  # of the log's, and too many for people
+        if event["event"] not in _OF_THE_LOG:
             _say(event)
 
     def release(final: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from fedfin.errors import ConfigError, LinkError
 
 __all__ = ["FederationFile"]
 
-_VERSION: Final = 3
+_VERSION: Final = 4
 _SCHEMA: Final = """
 CREATE TABLE invitations (
     name TEXT PRIMARY KEY, secret_hash TEXT NOT NULL UNIQUE, expires_at TEXT NOT NULL, used_at TEXT);
@@ -41,6 +41,9 @@ _ROSTERS: Final = """
 CREATE TABLE roster_versions (number INTEGER PRIMARY KEY, signed TEXT NOT NULL, completed_at TEXT NOT NULL);
 CREATE TABLE roster_candidate (place INTEGER PRIMARY KEY CHECK (place = 1), signed TEXT NOT NULL);
 """
+_SAID: Final = """
+CREATE TABLE said (job_id TEXT PRIMARY KEY REFERENCES jobs, event TEXT NOT NULL);
+"""
 _ENDS: Final = """
 ALTER TABLE jobs ADD COLUMN reason TEXT NOT NULL DEFAULT '';
 ALTER TABLE jobs ADD COLUMN began_at TEXT;
@@ -52,6 +55,7 @@ ALTER TABLE checkpoints ADD COLUMN moments BLOB NOT NULL DEFAULT x'';
 ALTER TABLE checkpoints ADD COLUMN num_loans REAL NOT NULL DEFAULT 0;
 {_SECURE_SUMS}""",
     2: _ENDS + _ROSTERS,
+    3: _SAID,
 }
 """What brings a database of a version to the next."""
 
@@ -75,7 +79,9 @@ class FederationFile:
         path.touch(mode=0o600)
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
-            connection.executescript(f"{_SCHEMA}{_SECURE_SUMS}{_ROSTERS}PRAGMA user_version={_VERSION};")
+            connection.executescript(
+                f"{_SCHEMA}{_SECURE_SUMS}{_ROSTERS}{_SAID}PRAGMA user_version={_VERSION};"
+            )
 
     @contextlib.contextmanager
     def reading(self) -> Generator[sqlite3.Connection]:

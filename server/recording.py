@@ -4,18 +4,15 @@ Nothing of one lender's size or performance is in what is said, and the events h
 as things are said, and written when a stage is over: before the next one's questions leave.
 """
 
-import hashlib
 import importlib.metadata
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fedfin.audit.events import (
-    LEAST_COHORT,
     Candidate,
     Clock,
     Consent,
-    Evaluation,
+    Event,
     Exchange,
     Failure,
     Incident,
@@ -24,7 +21,6 @@ from fedfin.audit.events import (
     Policy,
     Release,
     RosterVersion,
-    RoundCompleted,
     RoundLost,
     Service,
     bounded,
@@ -32,9 +28,12 @@ from fedfin.audit.events import (
 )
 from fedfin.plan import JobPlan
 from fedfin.server.journal import Journal
-from fedfin.server.roster import Job
+from fedfin.server.reconciling import logged_of, missing_of, result_of
+from fedfin.server.roster import FederationStore, Job
 
 __all__ = ["Recorder"]
+
+_UNSETTLED: Final = 2  # a job that runs, and the one that it was started in the place of
 
 _ENDS_STAGE: Final = frozenset(
     {
@@ -48,6 +47,8 @@ _ENDS_STAGE: Final = frozenset(
         "roster_proposed",
         "evaluation_lost",
         "bins_lost",
+        "job_failed",
+        "job_stopped",
         "released",
         "round_done",
         "round_lost",
@@ -70,12 +71,29 @@ class Recorder:
         """
         self._journal = journal
         self._accepted: set[str] = set()
+        self._before: Sequence[Event] = ()
         self._job = ""
         self._plan = ""
         release = importlib.metadata.version("fedfin")
         journal.write(
             Service(action="started", release=release), Policy(digest=configuration), Clock(source="system")
         )
+
+    def reconcile(self, store: FederationStore) -> None:
+        """Log late what happened before the coordinator was killed and is not in the log; see `reconciling`.
+
+        Raises:
+            AuditError: The log cannot be read or written.
+        """
+        for job in store.jobs()[-_UNSETTLED:]:
+            missing = missing_of(logged_of(self._journal.log, job.job_id), job, store.said(job.job_id))
+            if missing:
+                reason = f"the coordinator ended before it logged this; {len(missing)} entries follow late"
+                self._journal.note(
+                    Incident(kind="availability", reason=reason, job=job.job_id),
+                    *missing,
+                )
+        self._journal.flush()
 
     def abandon(self, job_id: str) -> None:
         """Log that an unfinished job is given up."""
@@ -88,7 +106,8 @@ class Recorder:
             AuditError: The log cannot be read or written.
         """
         self._job, self._plan, self._accepted = job.job_id, plan.digest(), set(accepted)
-        if not self._knows(job.job_id):
+        self._before = logged_of(self._journal.log, job.job_id)
+        if not self._before:
             private = plan.privacy.mode != "none"
             self._journal.note(
                 PlanProposed(
@@ -118,6 +137,9 @@ class Recorder:
 
     def _note(self, event: Mapping[str, Any]) -> None:  # noqa: PLR0912  (one case for each event)
         note, job = self._journal.note, self._job
+        if (result := result_of(job, event)) is not None:
+            note(result)
+            return
         match event["event"]:
             case "accepted":
                 self._accepted.add(event["lender"])
@@ -144,18 +166,6 @@ class Recorder:
                         digest=event["digest"],
                     )
                 )
-            case "bins":
-                note(
-                    Exchange(
-                        job=job,
-                        stage="bins",
-                        step="released",
-                        cohort_size=event["lenders"],
-                        digest=event["model"],
-                    )
-                )
-            case "round_done":
-                note(_completed(job, event))
             case "round_lost":
                 cohort, dropped = tuple(event["cohort"]), tuple(sorted(event["missing"]))
                 note(
@@ -167,8 +177,6 @@ class Recorder:
                         reason=bounded(event["reason"]),
                     )
                 )
-            case "evaluated":
-                note(_evaluation(job, event))
             case "bins_lost" | "evaluation_lost" | "sum_refused":
                 self._failed(event)
             case "sum_liars":
@@ -177,14 +185,21 @@ class Recorder:
                     note(Incident(kind="security", reason=what, job=job, member=name))
             case "roster_proposed" | "roster_complete":
                 note(_roster(event))
-            case "released":
+            case "released" if not self._has(
+                Release
+            ):  # else it was killed before the job counted as completed
                 note(
                     Candidate(job=job, model=event["model"], rounds=event["rounds"]),
                     Release(job=job, model=event["model"], num_lenders=len(self._accepted)),
                 )
+            case "job_failed" | "job_stopped":
+                note(Failure(stage="job", reason=bounded(event["reason"]), job=job))
+                if event["event"] == "job_failed":
+                    note(JobEnded(job=job, status="failed"))
             case "completed":
-                release = importlib.metadata.version("fedfin")
-                note(JobEnded(job=job, status="completed"), Service(action="stopped", release=release))
+                if not self._has(JobEnded):
+                    note(JobEnded(job=job, status="completed"))
+                note(Service(action="stopped", release=importlib.metadata.version("fedfin")))
             case _:
                 pass
 
@@ -194,14 +209,9 @@ class Recorder:
         stage = event.get("stage", f"{event['event'].partition('_')[0]}{number}")
         self._journal.note(Failure(stage=stage, reason=bounded(f"{by}{event['reason']}"), job=self._job))
 
-    def _knows(self, job_id: str) -> bool:
-        """Tell whether the plan of a job is logged; of a job that is gone on with it is near the end."""
-        log = self._journal.log
-        for index in reversed(range(log.size)):
-            entry = log.entry(index)
-            if entry is not None and isinstance(entry.event, PlanProposed):
-                return entry.event.job == job_id
-        return False
+    def _has(self, kind: type[Event]) -> bool:
+        """Tell whether the log had such an entry of this job when the coordinator started."""
+        return any(isinstance(event, kind) for event in self._before)
 
 
 def _roster(event: Mapping[str, Any]) -> RosterVersion:
@@ -215,37 +225,4 @@ def _roster(event: Mapping[str, Any]) -> RosterVersion:
         added=tuple(event["added"]),
         removed=tuple(event["removed"]),
         changed=tuple(event["changed"]),
-    )
-
-
-def _completed(job: str, event: Mapping[str, Any]) -> RoundCompleted:
-    return RoundCompleted(
-        job=job,
-        round=event["round"],
-        cohort=tuple(event["cohort"]),
-        dropped=tuple(sorted(event["missing"])),
-        seconds=real(event["seconds"]),
-        model_before=event["model_before"],
-        model_after=event["model"],
-        transcript=event.get("transcript"),
-    )
-
-
-def _evaluation(job: str, event: Mapping[str, Any]) -> Evaluation:
-    """Return an evaluation's entry: figures of the cohort's sums; of a cohort of two their digest alone."""
-    figures, size = event["figures"], len(event["cohort"])
-
-    def known(name: str) -> str | None:
-        return real(figures[name]["value"]) if name in figures and size >= LEAST_COHORT else None
-
-    digest = hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()
-    return Evaluation(
-        job=job,
-        model=event["model"],
-        cohort_size=size,
-        after_round=event["after"],
-        auroc=known("auroc"),
-        brier=known("brier"),
-        calibration=known("calibration_ratio"),
-        digest=digest,
     )

@@ -90,11 +90,13 @@ def run_job(
         except JobOverError as error:
             # first: a coordinator that was killed while it tells the lenders must not go on with them
             store.end_job(job.job_id, "failed", str(error))
+            say({"event": "job_failed", "job": job.job_id, "reason": str(error)})
             runner.delivery.give_up()
             raise
         except FedfinError as error:
             with contextlib.suppress(FedfinError):  # the store itself may have failed; that is the error then
                 store.stop_job(job.job_id, str(error))
+                say({"event": "job_stopped", "job": job.job_id, "reason": str(error)})
             raise
         store.end_job(job.job_id, "completed")
     else:
@@ -183,15 +185,14 @@ class _Runner:
             if sums is not None:
                 break
         checkpoint = stages.first(sums)
-        self._store.save_checkpoint(self._job_id, checkpoint)
-        self._say(
-            {
-                "event": "bins",
-                "lenders": len(sums.survivors),
-                "missing": sums.missing,
-                "model": _digest(checkpoint),
-            }
-        )
+        said = {
+            "event": "bins",
+            "lenders": len(sums.survivors),
+            "missing": dict(sums.missing),
+            "model": _digest(checkpoint),
+        }
+        self._store.save_checkpoint(self._job_id, checkpoint, said)
+        self._say(said)
         return checkpoint
 
     def _round(self, summing: Summing, stages: JobStages, number: int, before: Checkpoint) -> Checkpoint:
@@ -202,9 +203,10 @@ class _Runner:
         if sums is None:
             return before
         after = stages.after(before, sums)
-        self._store.save_checkpoint(self._job_id, after)
         digests = {"model_before": _digest(before), "model": _digest(after)}
-        self._say({"event": "round_done", **about, **_report(sums), **digests})
+        said = {"event": "round_done", **about, **_report(sums), **digests}
+        self._store.save_checkpoint(self._job_id, after, said)
+        self._say(said)
         return after
 
     def _evaluate(
@@ -230,16 +232,16 @@ class _Runner:
                     return
                 if isinstance(found, CohortSums):
                     figures = stages.judged(number, found)
+                    said = {
+                        "event": "evaluated",
+                        **about,
+                        "figures": figures["figures"],
+                        "model": _digest(model),
+                        **_report(found),
+                    }
+                    self._store.keep_said(self._job_id, said)
                     self._judged(figures)
-                    self._say(
-                        {
-                            "event": "evaluated",
-                            **about,
-                            "figures": figures["figures"],
-                            "model": _digest(model),
-                            **_report(found),
-                        }
-                    )
+                    self._say(said)
                     return
                 tries += 1
                 declined |= found.refused

@@ -164,6 +164,7 @@ class WitnessedExchange:
         if showing.lines:
             witnesses = {name: keys.witness for name, keys in showing.keys.items()}
             self._journal.log.add_cosignatures(showing.checkpoint.size, showing.lines.values(), witnesses)
+        self._journal.flush()  # what they signed is logged before anything rests on it
         if showing.stop is not None:
             raise showing.stop
         for name in showing.again:

@@ -58,6 +58,7 @@ class WitnessedHouse(SecureHouse):
         with AuditLog.open(self.log_path, key=rosters.coordinator().key) as log:
             journal = Journal(log)
             recorder = Recorder(journal, "0" * 64)
+            recorder.reconcile(self.store)
             job = choose_job(self.store, plan, new_job=new_job, say=self.say)
             recorder.begin(job, plan, self.store.weights(job.job_id))
 
