@@ -117,7 +117,15 @@ def open_federation(config_path: Path) -> Federation:
     return federation
 
 
-def found(directory: Path, *, name: str, address: str, schema_text: str, job: dict[str, Any]) -> Federation:
+def found(
+    directory: Path,
+    *,
+    name: str,
+    address: str,
+    schema_text: str,
+    job: dict[str, Any],
+    keep_transcripts: bool = False,
+) -> Federation:
     """Make a federation's folder.
 
     Args:
@@ -126,6 +134,7 @@ def found(directory: Path, *, name: str, address: str, schema_text: str, job: di
         address: host:port under which lenders will reach it.
         schema_text: The schema, already checked by the caller.
         job: Values of the job that differ from the defaults, nested like `JobPlan`.
+        keep_transcripts: Whether each secure sum is kept, so that its round can be done again.
 
     Raises:
         ConfigError: The folder is not empty, or cannot be written; nothing is left half made in it then.
@@ -152,6 +161,7 @@ def found(directory: Path, *, name: str, address: str, schema_text: str, job: di
             "address": address,
             "listen": "127.0.0.1" if loopback else "0.0.0.0",  # noqa: S104  (lenders are on other hosts)
             "job": job,
+            **({"evidence": {"keep_transcripts": True}} if keep_transcripts else {}),
         },
         heading=(
             "The coordinator's configuration; docs/configuration.md lists every key.\n"

@@ -74,6 +74,7 @@ def run_houses(
         address=f"127.0.0.1:{_free_port()}",
         schema_text=demo_schema_text(),
         job=plan.model_dump(mode="python"),
+        keep_transcripts=True,  # a supervisor can do every round of the demo again
     )
     houses = Houses(directory, federation, split, plan, say)
     try:

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +93,38 @@ def test_the_demo_is_a_real_federation_and_ends_with_a_report(tmp_path):
         private = directory / "lenders" / name
         assert all(key.stat().st_mode & 0o777 == 0o600 for key in (private / "keys").iterdir())
     assert processes(directory)["client"] == []
+    the_evidence_holds(directory, document, tmp_path / "elsewhere")
+
+
+def the_evidence_holds(directory, document, elsewhere):
+    """The pack verifies in another place, a flipped byte is found, and every round can be done again."""
+    shutil.copytree(directory / "evidence", elsewhere)
+    trusted = json.loads(Path(document["run"], "run.json").read_text())["root_fingerprint"]
+    assert fedfin("audit", "verify", elsewhere, "--trust", trusted).returncode == 0
+    for path in sorted(path for path in elsewhere.rglob("*") if path.is_file()):
+        right = path.read_bytes()
+        at = secrets.randbelow(len(right))
+        path.write_bytes(right[:at] + bytes([right[at] ^ 1]) + right[at + 1 :])
+        wrong = fedfin("audit", "verify", elsewhere)
+        assert wrong.returncode == 1, f"byte {at} of {path.name} was flipped"
+        path.write_bytes(right)
+    run = elsewhere / "run"
+    model = json.loads((run / "run.json").read_text())["model"]
+    for number in (1, document["rounds"]):  # the last does all before it again
+        done = fedfin("audit", "replay", number, "--run", run, "--json")
+        assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rounds"] == document["rounds"]
+    assert json.loads(done.stdout)["model"] == model
+
+
+def fedfin(*arguments):
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "fedfin", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_three_lenders_are_summed_securely_and_two_in_clear_and_both_say_so(tmp_path):
