@@ -189,8 +189,8 @@ def _kind_of_file(path: Path) -> Kind:
         ("proof", PROOF_FORMAT.encode() in start),
         ("export", EXPORT_FORMAT.encode() in start),
     ]
-    by_content = [kind for kind, fits in kinds if fits]
-    kind = by_content[0] if by_content else _SUFFIXES.get(path.suffix)
+    by_content: list[Kind] = [kind for kind, fits in kinds if fits]
+    kind: Kind | None = by_content[0] if by_content else _SUFFIXES.get(path.suffix)
     if kind is None:
         msg = f"{path} is nothing of fedfin's evidence; name a log, a run directory, a pack, an export or a proof"
         raise AuditError(msg)
