@@ -12,7 +12,7 @@ Source: C2SP tlog-witness (what a witness checks and must not forget), RFC 9162 
 import datetime as dt
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -47,6 +47,14 @@ class _Seen:
     note: str
 
 
+class _NotGrownError(Exception):
+    """A log that is signed and did not grow from one that this lender knows; with the proof that should say so."""
+
+    def __init__(self, what: str, proof: Sequence[bytes] = ()) -> None:
+        super().__init__(what)
+        self.proof = proof
+
+
 class Witness:
     """One lender as a witness of its coordinator's log; used by one thread at a time."""
 
@@ -63,7 +71,7 @@ class Witness:
         self._folder = folder
         self._key = keys.witness
         self._origin = coordinator_origin(folder.config.federation, root_fingerprint(folder.root_path))
-        self._held: _Seen | None = None
+        self._bases: tuple[_Seen, ...] = ()
         self._is_read = False
         self._shown: _Seen | None = None
         self._tells_held = False
@@ -83,15 +91,15 @@ class Witness:
             ConfigError: The fork cannot be kept.
         """
         self._shown, self._tells_held = None, False
-        if not self._is_read:
-            known = self._folder.journal.path.exists()
-            self._held, self._is_read = _last_seen(self._folder.journal.log) if known else None, True
         if forks := open_forks(self._folder):
             what = (
                 f"the coordinator showed a log that cannot be the one this lender knows ({forks[0].name}); its engineer"
                 " looks at it, and at what the other lenders saw, and clears it with `fedfin client clear-fork`"
             )
             raise refusal("fork", what)
+        if not self._is_read:
+            known = self._folder.journal.path.exists()
+            self._bases, self._is_read = _bases(self._folder.journal.log) if known else (), True
         if not isinstance(question, _NEEDS):
             return
         if not question.witness:
@@ -102,7 +110,7 @@ class Witness:
             raise refusal("witness", str(error)) from error
         seen = self._signed(shown, question)
         self._require_grown(seen, shown, question)
-        if self._held != seen:
+        if self._bases != (seen,):
             self._folder.journal.note(
                 CheckpointSeen(member=COORDINATOR, size=seen.checkpoint.size, note=seen.note, cosigned=True)
             )
@@ -124,9 +132,9 @@ class Witness:
         own = self._folder.journal.checkpoint()
         cosignature = ""
         if self._shown is not None:
-            self._held = self._shown
+            self._bases = (self._shown,)
             cosignature = cosign(self._shown.note, self._folder.config.name, self._key, int(time.time()))
-        held = self._held.note if self._tells_held and self._held is not None else ""
+        held = self._bases[0].note if self._tells_held and self._bases else ""
         return with_witness(answer, Witnessed(cosignature, own, held, signature).to_json())
 
     def _signed(self, shown: Shown, question: Message) -> _Seen:
@@ -151,32 +159,48 @@ class Witness:
         return statement.public_key()
 
     def _require_grown(self, seen: _Seen, shown: Shown, question: Message) -> None:
-        if self._held is None:
-            return
-        held, new = self._held.checkpoint, seen.checkpoint
+        """Require that the log only grew since what was cosigned last, or since what the engineer cleared after it."""
+        wanting: list[ProtocolRefusalError] = []
+        broken: list[_NotGrownError] = []
+        for base in self._bases:
+            try:
+                self._require_grown_since(base.checkpoint, seen, shown)
+            except ProtocolRefusalError as error:
+                wanting.append(error)
+            except _NotGrownError as error:
+                broken.append(error)
+            else:
+                return
+        if wanting:  # it may have grown from that one, and the proof did not come
+            self._tells_held = True
+            raise wanting[0]
+        if broken:
+            raise self._fork(question, seen.note, broken[0].proof, str(broken[0])) from broken[0]
+
+    def _require_grown_since(self, held: Checkpoint, seen: _Seen, shown: Shown) -> None:
+        new = seen.checkpoint
         if new.size < held.size:
             if _was_cosigned(self._folder, seen):  # a late question proves nothing, and is not answered
-                self._tells_held = True
                 what = (
                     f"the checkpoint of {new.size} entries is older than the one of {held.size} cosigned last"
                 )
                 raise refusal("witness", what)
             what = f"its log went back from {held.size} entries, which this lender cosigned, to {new.size}"
-            raise self._fork(question, seen.note, (), what)
+            raise _NotGrownError(what)
         proof = () if new.size == held.size else shown.proofs.get(held.size)
         if proof is None:
-            self._tells_held = True
             what = f"no proof came from the {held.size} entries that this lender cosigned last to the {new.size} shown"
             raise refusal("witness", what)
         try:
             verify_consistency(held.size, new.size, held.root, new.root, proof)
         except AuditError as error:
-            raise self._fork(question, seen.note, proof, str(error)) from error
+            raise _NotGrownError(str(error), proof) from error
 
     def _fork(self, question: Message, shown: str, proof: Sequence[bytes], what: str) -> ProtocolRefusalError:
         """Keep the proof that the coordinator's log is not one; return the refusal."""
         self._tells_held = True
-        held = "" if self._held is None else self._held.note
+        self._is_read = False  # clearing it, in another process, adds to what this lender may go on from
+        held = self._bases[0].note if self._bases else ""
         now = dt.datetime.now(dt.UTC)
         document = {
             "time": now.isoformat(timespec="seconds"),
@@ -216,7 +240,9 @@ def open_forks(folder: LenderFolder) -> tuple[Path, ...]:
 def clear_forks(folder: LenderFolder) -> tuple[dict[str, Any], ...]:
     """Let the lender answer again after its engineer has looked; return what was cleared.
 
-    Where the coordinator's key signed what was shown, the lender goes on from that checkpoint; the proof stays.
+    The lender goes on from what it cosigned last, or, where the coordinator's key signed it, from what was shown: an
+    operator may put the newest copy of its log back, or have none. The first of the two that it cosigns is the log from
+    then on. The proof stays.
 
     Raises:
         ConfigError: There is nothing to clear, or a file cannot be read or written.
@@ -249,21 +275,27 @@ def clear_forks(folder: LenderFolder) -> tuple[dict[str, Any], ...]:
 
 def last_cosigned(log: LogReader) -> int | None:
     """Return the size of the coordinator's log that a lender cosigned last, by its own log; None for none yet."""
-    seen = _last_seen(log)
-    return None if seen is None else seen.checkpoint.size
+    bases = [event for event in _newest_first(log) if event.cosigned]
+    return bases[0].size if bases else None
 
 
-def _last_seen(log: LogReader) -> _Seen | None:
-    """Return the newest checkpoint of the coordinator's log that stands in a lender's own log."""
+def _bases(log: LogReader) -> tuple[_Seen, ...]:
+    """Return from which checkpoints of the coordinator's log a lender may go on, by its own log; the newest first.
+
+    That is the one that it cosigned last, and those that its engineer cleared after that.
+    """
+    return tuple(_Seen(parse_checkpoint(event.note), event.note) for event in _newest_first(log))
+
+
+def _newest_first(log: LogReader) -> Iterator[CheckpointSeen]:
+    """Go through the coordinator's checkpoints in a lender's own log, back to the one that was cosigned last."""
     for index in reversed(range(log.size)):
         entry = log.entry(index)
-        if (
-            entry is not None
-            and isinstance(entry.event, CheckpointSeen)
-            and entry.event.member == COORDINATOR
-        ):
-            return _Seen(parse_checkpoint(entry.event.note), entry.event.note)
-    return None
+        event = None if entry is None else entry.event
+        if isinstance(event, CheckpointSeen) and event.member == COORDINATOR:
+            yield event
+            if event.cosigned:
+                return
 
 
 def _was_cosigned(folder: LenderFolder, seen: _Seen) -> bool:

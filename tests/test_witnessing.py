@@ -258,6 +258,27 @@ def test_what_cannot_be_the_log_it_knows_is_refused_kept_and_ends_all_answers(
         clear_forks(folder)
 
 
+@pytest.mark.parametrize("put_back", [True, False])
+def test_a_lender_that_still_runs_goes_on_from_the_newest_copy_or_from_what_was_cleared(
+    lender, folder, honest, tmp_path, put_back
+):
+    """Its operator puts the newest copy of the log back, or has none and goes on with the old one."""
+    taken(lender, propose(witness=honest.shown()))
+    old = Coordinator(tmp_path / "old.db")
+    old.grow(3, "c")
+    assert taken(lender, propose("job-2", old.shown()))[0].reason.startswith("fork: ")
+    clear_forks(LenderFolder(folder.config_path))  # in another process
+    assert cosigned(folder.directory) == 5
+    honest.grow(2)
+    old.grow(4)
+    kept, other = (honest, old) if put_back else (old, honest)
+    assert isinstance(taken(lender, propose("job-3", kept.shown(3, 5)))[0], Accepted)
+    assert cosigned(folder.directory) == 7
+    # one of the two, and then no longer the other
+    other.grow(3)
+    assert taken(lender, propose("job-4", other.shown(3, 5, 7)))[0].reason.startswith("fork: ")
+
+
 def test_an_older_checkpoint_that_was_cosigned_is_late_and_no_fork(lender, folder, honest):
     first = honest.shown()
     taken(lender, propose(witness=first))
