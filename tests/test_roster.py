@@ -257,10 +257,14 @@ def test_the_newest_checkpoint_of_each_job_is_kept(store):
         store.start_job(job, "{}", job)
         assert store.checkpoint(job) is None
     for number in (0, 1, 2):
-        store.save_checkpoint("a", Checkpoint(number, "[]", "f", np.full(3, number, dtype=np.float32)))
+        said = {"event": "round_done", "round": number}
+        store.save_checkpoint("a", Checkpoint(number, "[]", "f", np.full(3, number, dtype=np.float32)), said)
     assert store.checkpoint("a").round == 2
     assert_array_equal(store.checkpoint("a").weights, [2, 2, 2])
     assert store.checkpoint("b") is None
+    assert (store.said("a"), store.said("b")) == ({"event": "round_done", "round": 2}, None)
+    store.keep_said("a", {"event": "evaluated"})
+    assert store.said("a") == {"event": "evaluated"}
 
 
 def test_a_checkpoint_does_not_show_its_weights():
@@ -425,7 +429,9 @@ def test_a_file_of_version_2_knows_which_jobs_had_begun(tmp_path):
     with sqlite3.connect(path) as db:  # as version 2 had it
         db.execute("ALTER TABLE jobs DROP COLUMN reason")
         db.execute("ALTER TABLE jobs DROP COLUMN began_at")
-        db.executescript("DROP TABLE roster_versions; DROP TABLE roster_candidate; PRAGMA user_version=2;")
+        db.executescript(
+            "DROP TABLE roster_versions; DROP TABLE roster_candidate; DROP TABLE said; PRAGMA user_version=2;"
+        )
     db.close()
     assert store.versions.complete() == ()
     kept = {job.job_id: job for job in store.jobs()}
