@@ -214,6 +214,11 @@ def _inspect_pack_folder(folder: Path, trust: Trust, found: Inspection, progress
     manifest = read_manifest(folder)
     signed = f", signed by the key {manifest.signed_by}" if manifest.signed_by else ""
     found.checked.append(Check("manifest", f"{manifest.num_files} files are those that it names{signed}"))
+    if manifest.signed_by is None and trust.fingerprints:
+        what = "nobody signed the pack's manifest, so its report and model card may be anyone's"
+        raise FoundError(
+            None, what, f"ask the coordinator for its own pack, or verify {RUN_FOLDER}/ by itself"
+        )
     if manifest.signed_by is None:
         found.notes.append(
             "nobody signed the pack's manifest: report and model card are by whoever made the pack; what is in run/"

@@ -11,6 +11,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from fedfin.audit.checkpoint import parse_checkpoint
 from fedfin.audit.consents import Answer, verify_answer
 from fedfin.audit.events import Candidate, Consent, Event, PlanProposed, Receipt, Release, RoundCompleted
 from fedfin.audit.findings import FoundError
@@ -26,6 +27,10 @@ LOG: Final = "audit.db"
 
 _DISAGREE: Final = "a file of the run was changed after the run: rely on none of it, and ask for it again"
 _EXCHANGED: Final = "the coordinator exchanged the model between two rounds: ask it why, and rely on neither"
+_UNSEEN: Final = (
+    "the coordinator alone vouches for them: believe none of them, and ask for the run again when a later job has had"
+    " the log cosigned"
+)
 _INVENTED: Final = "a lender was invented, or its answer: ask that lender"
 
 
@@ -35,6 +40,7 @@ class _Told:
 
     plan: str = ""
     rounds: dict[int, RoundCompleted] = field(default_factory=dict)
+    places: dict[int, int] = field(default_factory=dict[int, int])  # of the rounds' entries in the log
     consented: set[str] = field(default_factory=set)
     num_answers: int = 0
 
@@ -53,6 +59,7 @@ def check_run(record: RunRecord, path: Path, membership: Membership | None) -> l
     told = _Told()
     with open_log(path) as log:
         origin = log.origin
+        final = None if membership is None else log.final_checkpoint(membership.quorum)
         for index, entry in log.entries():
             if entry is not None:
                 _take(entry.event, index, record, told)
@@ -64,6 +71,8 @@ def check_run(record: RunRecord, path: Path, membership: Membership | None) -> l
         what = f"run.json states the plan {record.plan_digest[:16]}, and the log {told.plan[:16]}"
         raise FoundError(None, what, _DISAGREE)
     _check_rounds(record, membership, told)
+    if membership is not None and record.plan.aggregation == "secure":
+        _check_covered(told, 0 if final is None else parse_checkpoint(final).size)
     checked = [Check("run", f"plan, {len(told.rounds)} rounds and model are those that the log names")]
     if told.num_answers:
         checked.append(
@@ -84,7 +93,7 @@ def _take(event: Event, index: int, record: RunRecord, told: _Told) -> None:
             if before is not None and before.model_after != done.model_before:
                 what = f"round {number} did not begin with the model that round {number - 1} ended with"
                 raise FoundError(index, what, _EXCHANGED)
-            told.rounds[number] = done
+            told.rounds[number], told.places[number] = done, index
         case Candidate(job=job, model=model) | Release(job=job, model=model) if job == record.job:
             _check_model(record, model, index)
         case Receipt(job=job, model=str(model)) if job == record.job:
@@ -152,3 +161,12 @@ def _check_rounds(record: RunRecord, membership: Membership | None, told: _Told)
         for name in sorted({*done.cohort} - told.consented):
             what = f"{name} is in the sum of round {number}, and the log holds no consent that its identity key signed"
             raise FoundError(None, what, _INVENTED)
+
+
+def _check_covered(told: _Told, covered: int) -> None:
+    """Check that a quorum cosigned every round but the last, which is shown to lenders with the job's end."""
+    unseen = [number for number, place in sorted(told.places.items())[:-1] if place >= covered]
+    if unseen:
+        rounds = ", ".join(map(str, unseen[:10])) + (" and more" if len(unseen) > 10 else "")
+        what = f"no checkpoint that a quorum of the members cosigned covers round {rounds}"
+        raise FoundError(told.places[unseen[0]], what, _UNSEEN)

@@ -246,6 +246,35 @@ def test_a_member_in_a_round_s_sum_that_never_agreed_to_the_job(tmp_path):
     assert "north-bank is in the sum of round 1, and the log holds no consent" in wrong(run)
 
 
+def test_rounds_that_no_quorum_saw(tmp_path):
+    run = run_directory(tmp_path, federation_log(tmp_path / "fed"))
+    with AuditLog.open(run / "audit.db", key=coordinator().key) as log:
+        for number in (3, 4):
+            log.append(
+                RoundCompleted(
+                    job=JOB,
+                    round=number,
+                    cohort=MEMBERS,
+                    seconds="1.5",
+                    model_before=MODELS[2],
+                    model_after=MODELS[2],
+                )
+            )
+        log.checkpoint()
+    with (run / "rounds.jsonl").open("a") as rounds:
+        for number in (3, 4):
+            stated = {
+                "event": "round_done",
+                "round": number,
+                "cohort": list(MEMBERS),
+                "missing": {},
+                "seconds": 1.5,
+            }
+            rounds.write(json.dumps(stated) + "\n")
+    # the last round is seen with the job's end, or by the next job
+    assert "no checkpoint that a quorum of the members cosigned covers round 3" in wrong(run)
+
+
 def test_a_run_whose_roster_was_taken_away_by_its_owner(run):
     for name in ("roster.json", "ca.pem"):
         content = (run / name).read_bytes()
