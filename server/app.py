@@ -318,6 +318,7 @@ def _run_logged(
     plan, store, identity = federation.config.job, federation.store, federation.identity()
     directory = RunDirectory(federation.runs_path / job.job_id)
     directory.begin(federation.config, job, schema, identity.statement.root)
+    directory.catch_up(federation.store.said(job.job_id))
 
     def say(event: Mapping[str, Any]) -> None:
         recorder.take(event)

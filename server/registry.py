@@ -97,6 +97,30 @@ class RunDirectory:
             msg = f"{self.path / 'rounds.jsonl'} cannot be written ({error.strerror}); free the disk, then start again"
             raise ConfigError(msg) from error
 
+    def catch_up(self, said: Mapping[str, Any] | None) -> None:
+        """Append the event that was kept with a job's last result, where the coordinator was killed before it was noted.
+
+        Args:
+            said: `FederationStore.said`; None where nothing was.
+
+        Raises:
+            ConfigError: As `note`, or the file cannot be read.
+        """
+        path = self.path / "rounds.jsonl"
+        try:
+            data = path.read_bytes() if path.exists() else b""
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(path, whole)  # cut off while it was written
+            lines = [json.loads(line) for line in data[:whole].splitlines()]
+        except (OSError, ValueError) as error:
+            msg = f"{path} cannot be read ({error}); restore it from the backup of the folder"
+            raise ConfigError(msg) from error
+        for line in lines:
+            line.pop("time", None)
+        if said is not None and dict(said) not in lines:
+            self.note(said)
+
     def judge(self, evaluation: Mapping[str, Any]) -> None:
         """Add an evaluation's figures, of sums only, to metrics.json; one of the same number is replaced."""
         path = self.path / "metrics.json"

@@ -66,3 +66,23 @@ def test_an_evaluation_is_kept_by_its_number_and_the_later_one_counts(tmp_path):
     assert kept == {
         "evaluations": [{"evaluation": 1, "round": 5}, {"evaluation": 2, "round": 10, "figures": {}}]
     }
+
+
+def test_what_a_killed_coordinator_had_not_noted_is_noted_once(tmp_path):
+    directory = RunDirectory(tmp_path)
+    first, second = ({"event": "round_done", "round": number, "cohort": ["a"]} for number in (1, 2))
+    directory.note(first)
+    directory.catch_up(first)
+    with (tmp_path / "rounds.jsonl").open("a") as file:
+        file.write('{"time": "2026-11-24T20:00:00.000+00:00", "event": "rou')  # killed while it wrote
+    for _ in range(2):
+        directory.catch_up(second)
+    directory.catch_up(None)
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+
+
+def test_rounds_that_cannot_be_read_stop_the_job(tmp_path):
+    (tmp_path / "rounds.jsonl").write_text("nonsense\n")
+    with pytest.raises(ConfigError, match="restore it from the backup"):
+        RunDirectory(tmp_path).catch_up(None)
