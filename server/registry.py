@@ -98,7 +98,7 @@ class RunDirectory:
             raise ConfigError(msg) from error
 
     def catch_up(self, said: Mapping[str, Any] | None) -> None:
-        """Append the event that was kept with a job's last result, where the coordinator was killed before it was noted.
+        """Append the event that was kept with a job's last result, where it was not noted before a kill.
 
         Args:
             said: `FederationStore.said`; None where nothing was.
