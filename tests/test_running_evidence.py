@@ -1,8 +1,8 @@
 """Tampering with the evidence of a running federation: the lenders find it at the next question, and nothing leaves.
 
 Four real lender processes, TLS and Flower's SuperLink, one federation. In each test its coordinator tampers in exactly
-one way, and the test ends with an honest job: the lenders are none the worse for what they were shown. The last one ends
-without: it leaves the coordinator's own database with a roster that nobody goes by.
+one way, and the test ends with an honest job: the lenders are none the worse for what they were shown. The last one
+ends without: it leaves the coordinator's own database with a roster that nobody goes by.
 """
 
 import json
