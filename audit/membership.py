@@ -83,7 +83,7 @@ def read_membership(folder: Path, trusted: frozenset[str]) -> Membership | None:
         identities=_identities(chain),
         quorum=last.quorum,
         told=(
-            f"{len(chain.versions)} versions, each signed by its quorum and the coordinator;"
+            f"{len(chain.versions)} version(s), each signed by its quorum and the coordinator;"
             f" {len(last.members)} members; the root is {found}"
         ),
     )

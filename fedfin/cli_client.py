@@ -247,7 +247,7 @@ def _show_status(document: dict[str, Any]) -> None:
     for job in document["held"]:
         say(
             f"{job['job']} waits for approval since {job['since']}, {job['given']} of {job['needed']} given: look at it"
-            f" and approve it with `fedfin client approve-job {job['job']}`",
+            f" and approve it with `fedfin client approve-job {job['job']} --as NAME --key PATH`",
             style="yellow",
         )
     limit = "" if document["config_error"] else f" {document['epsilon_limit']:g}"

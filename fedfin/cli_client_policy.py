@@ -272,7 +272,7 @@ def _show_when(document: dict[str, Any]) -> None:
     needed, given = document["approvals"]["needed"], document["approvals"]["given"]
     if needed:
         by = f" ({', '.join(document['approvals']['by'])})" if given else ""
-        say(f"it needs {needed} approvals, and has {given}{by}", style="" if given >= needed else "yellow")
+        say(f"it needs {needed} approval(s), and has {given}{by}", style="" if given >= needed else "yellow")
     if document["hours"]:
         when = "open now" if document["opens"] is None else f"opens {document['opens']}"
         say(f"hours: {document['hours']}, {when}")

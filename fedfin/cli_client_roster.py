@@ -118,7 +118,7 @@ def _approve(
             say(f"approved already; it waits for {waits or 'the coordinator'}")
             return
         if not (yes or _agreed("sign this version of the roster?")):
-            say("nothing was approved; this lender goes on with the pinned roster", style="bold red")
+            say("nothing was approved; this lender goes by what it went by before", style="bold red")
             raise SystemExit(1)
     approve(folder, change, member=member)
     if json_out:

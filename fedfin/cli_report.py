@@ -106,14 +106,21 @@ def make_pack(
         is_simulated: Whether one machine played every lender.
 
     Raises:
-        AuditError: The run or its log does not parse, the audit is of another plan, or the pack exists.
+        AuditError: The run is not sealed, it or its log does not parse, the audit is of another plan, or the pack exists.
         ConfigError: The pack cannot be written.
     """
     from fedfin.audit.access import LOG_FILE, owners_key, record
     from fedfin.audit.events import Export
     from fedfin.audit.pack import write_pack
+    from fedfin.audit.sealing import is_sealed
     from fedfin.identity import load_identity_key
 
+    if not is_sealed(run):
+        msg = (
+            f"{run} is not sealed: its job still runs, or ended without a model, and nobody could verify a pack of it."
+            " Its entries stand in the coordinator's log: `fedfin audit show` on its folder, with --job"
+        )
+        raise AuditError(msg)
     target = out or run.with_name(f"{run.resolve().name}-evidence" + (".zip" if as_zip else ""))
     log = (
         run.resolve().parent.parent / LOG_FILE

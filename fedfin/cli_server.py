@@ -377,7 +377,7 @@ class _View:
                     f"{event['lender']} enrolled after this job was proposed; it waits for the next one"
                 )
             case "given_up":
-                told = f"told {', '.join(event['told'])}" if event["told"] else "nobody was told"
+                told = f"told {', '.join(event['told'])}" if event["told"] else "nobody had accepted it"
                 away = (
                     f"; {', '.join(event['missing'])} will be when they are back" if event["missing"] else ""
                 )

@@ -227,3 +227,12 @@ def test_a_log_in_use_is_checked_too(fed):
         document = in_json("audit", "verify", fed)
     assert document["ok"]
     assert any("not closed" in note for note in document["notes"])
+
+
+def test_no_pack_is_made_of_a_run_that_nobody_sealed(fed, tmp_path):
+    run = run_directory(tmp_path, fed)
+    (run / "manifest.json").unlink()
+    error = in_json("report", run, code=1)["error"]
+    assert "is not sealed" in error
+    assert "audit show" in error
+    assert not list(tmp_path.glob("*-evidence*"))
