@@ -259,8 +259,9 @@ def test_what_cannot_be_the_log_it_knows_is_refused_kept_and_ends_all_answers(
 
 
 @pytest.mark.parametrize("put_back", [True, False])
-def test_a_lender_that_still_runs_goes_on_from_the_newest_copy_or_from_what_was_cleared(
-    lender, folder, honest, tmp_path, put_back
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_lender_goes_on_from_the_newest_copy_or_from_what_was_cleared(
+    lender, folder, honest, tmp_path, put_back, restarted
 ):
     """Its operator puts the newest copy of the log back, or has none and goes on with the old one."""
     taken(lender, propose(witness=honest.shown()))
@@ -269,6 +270,9 @@ def test_a_lender_that_still_runs_goes_on_from_the_newest_copy_or_from_what_was_
     assert taken(lender, propose("job-2", old.shown()))[0].reason.startswith("fork: ")
     clear_forks(LenderFolder(folder.config_path))  # in another process
     assert cosigned(folder.directory) == 5
+    if restarted:
+        lender.close()
+        lender = Lender(LenderFolder(folder.config_path), lambda _: None)
     honest.grow(2)
     old.grow(4)
     kept, other = (honest, old) if put_back else (old, honest)
@@ -277,6 +281,7 @@ def test_a_lender_that_still_runs_goes_on_from_the_newest_copy_or_from_what_was_
     # one of the two, and then no longer the other
     other.grow(3)
     assert taken(lender, propose("job-4", other.shown(3, 5, 7)))[0].reason.startswith("fork: ")
+    lender.close()
 
 
 def test_an_older_checkpoint_that_was_cosigned_is_late_and_no_fork(lender, folder, honest):
