@@ -106,7 +106,7 @@ def make_pack(
         is_simulated: Whether one machine played every lender.
 
     Raises:
-        AuditError: The run is not sealed, it or its log does not parse, the audit is of another plan, or the pack exists.
+        AuditError: The run is not sealed, it or its log does not parse, the audit is of another plan, the pack exists.
         ConfigError: The pack cannot be written.
     """
     from fedfin.audit.access import LOG_FILE, owners_key, record
@@ -117,7 +117,7 @@ def make_pack(
 
     if not is_sealed(run):
         msg = (
-            f"{run} is not sealed: its job still runs, or ended without a model, and nobody could verify a pack of it."
+            f"{run} is not sealed: its job still runs, or ended without a model; nobody could verify a pack of it."
             " Its entries stand in the coordinator's log: `fedfin audit show` on its folder, with --job"
         )
         raise AuditError(msg)
