@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from fedfin.cli_output import DebugOption, JsonOption, chosen, guarded, print_json, print_table, say
+from fedfin.cli_output import DebugOption, JsonOption, agreed, chosen, guarded, print_json, print_table, say
 
 if TYPE_CHECKING:
     from fedfin.client.folder import LenderFolder
@@ -117,7 +117,7 @@ def _approve(
             waits = ", ".join(document["waits_for"])
             say(f"approved already; it waits for {waits or 'the coordinator'}")
             return
-        if not (yes or _agreed("sign this version of the roster?")):
+        if not (yes or agreed("sign this version of the roster?")):
             say("nothing was approved; this lender goes by what it went by before", style="bold red")
             raise SystemExit(1)
     approve(folder, change, member=member)
@@ -128,14 +128,6 @@ def _approve(
             f"signed: version {document['number']} of the roster, {document['digest'][:12]}; this lender goes by it"
             " once all that must have signed it"
         )
-
-
-def _agreed(question: str) -> bool:
-    """Ask on the terminal; no answer is a no."""
-    try:
-        return typer.confirm(question, default=False)
-    except typer.Abort:
-        return False
 
 
 def _show_change(document: dict[str, Any]) -> None:
