@@ -18,6 +18,7 @@ from typing import Final
 from urllib.parse import quote
 
 from fedfin.errors import AuditError
+from fedfin.files import sync_directory
 
 __all__ = ["check_schema", "connect", "create_file", "open_unchanged"]
 
@@ -79,7 +80,7 @@ def create_file(path: Path, *, origin: str, actor: str, side: str, public: bytes
             db.execute("INSERT INTO signer VALUES (0, ?)", (public,))
             db.execute("COMMIT")
         os.link(part, path)  # not rename, which would replace
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except FileExistsError as error:
         msg = f"{path} exists already; a log is never replaced: use another folder, or open this one"
         raise AuditError(msg) from error
@@ -220,11 +221,3 @@ def _state(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

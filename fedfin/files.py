@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fedfin.errors import ConfigError
 
-__all__ = ["write_private", "write_public"]
+__all__ = ["sync_directory", "write_private", "write_public"]
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -24,7 +24,7 @@ def write_private(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.link(part, path)  # not rename, which would replace
         part.unlink()
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except FileExistsError as error:
         part.unlink(missing_ok=True)
         msg = f"{path} exists already; it is never overwritten: use an empty folder, or move the old one away"
@@ -50,14 +50,15 @@ def write_public(path: Path, content: bytes, *, mode: int = 0o644) -> None:
             os.fsync(file.fileno())
         part.replace(path)
         # The rename itself must survive a power cut, or a charge could outlive its release.
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
         msg = f"{path} cannot be written ({error.strerror}); free the disk or check the folder's permissions"
         raise ConfigError(msg) from error
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory outlast a power cut; OSError where the disk does not take them."""
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
