@@ -5,7 +5,7 @@ with the last complete version, and who is not in it takes part from the version
 """
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, Final
 
 from cryptography import x509
@@ -57,7 +57,7 @@ class RosterBook:
         """
         complete, kept = self._store.versions.complete(), self._store.versions.candidate()
         last = complete[-1].version if complete else None
-        version = self.next_version(last)
+        version = self._next_version(last)
         if version is None:
             if kept is not None:
                 self._store.versions.withdraw()
@@ -67,13 +67,10 @@ class RosterBook:
             self._store.versions.propose(kept)
         return RosterChain(self._identity.statement, (*complete, kept))
 
-    def next_version(
-        self, last: RosterVersion | None, members: Mapping[str, RosterMember] | None = None
-    ) -> RosterVersion | None:
-        """Return the version after `last` with the members of now (or these), or None where they are the same."""
-        if members is None:
-            members = {member.name: member_row(member) for member in self._store.members()}
-        if not members or (last is not None and dict(last.members) == dict(members)):
+    def _next_version(self, last: RosterVersion | None) -> RosterVersion | None:
+        """Return the version after `last` with the members of now, or None where they are the same."""
+        members = {member.name: member_row(member) for member in self._store.members()}
+        if not members or (last is not None and dict(last.members) == members):
             return None
         statement = self._identity.statement
         return RosterVersion(
