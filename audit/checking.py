@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from fedfin.audit.checkpoint import NoteKey, fingerprint, verify_note
+from fedfin.audit.checkpoint import NoteKey, verify_note
 from fedfin.audit.entry import Entry, parse_leaf
 from fedfin.audit.events import Rotation
 from fedfin.audit.findings import CHANGED, REWRITTEN, FoundError
 from fedfin.audit.verifying import Check, Report, Trust
 from fedfin.errors import AuditError
+from fedfin.identity import key_fingerprint
 
 __all__ = ["Signers", "check_note"]
 
@@ -29,7 +30,7 @@ class Signers:
         self.origin = origin
         self.key = first
         self._actor = actor
-        self._last = self._first = fingerprint(first)
+        self._last = self._first = key_fingerprint(first)
         self._vouching = {self._first}
 
     def check(self, leaf: bytes, index: int) -> Entry:
@@ -54,12 +55,12 @@ class Signers:
             if event.old != self.key.public_bytes_raw().hex():
                 raise FoundError(index, f"entry {index} rotates a key that does not sign this log", CHANGED)
             self.key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(event.new))
-            self._last = fingerprint(self.key)
+            self._last = key_fingerprint(self.key)
         return entry
 
     def vouch(self, key: Ed25519PublicKey) -> None:
         """Take note that this key signed a checkpoint, and so vouches for everything before it."""
-        self._vouching.add(fingerprint(key))
+        self._vouching.add(key_fingerprint(key))
 
     def check_trust(self, trust: Trust, report: Report) -> None:
         """Check that the first key is trusted, or one that signed a checkpoint, where any fingerprint is named.

@@ -21,7 +21,6 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedfin.errors import AuditError
-from fedfin.identity import public_pem
 
 __all__ = [
     "MAX_NOTE_BYTES",
@@ -30,7 +29,6 @@ __all__ = [
     "VerifiedNote",
     "add_signatures",
     "cosign",
-    "fingerprint",
     "parse_checkpoint",
     "sign",
     "signature_lines",
@@ -132,11 +130,6 @@ class VerifiedNote:
     def checkpoint(self) -> Checkpoint:
         """The checkpoint that the body states; errors as `Checkpoint.from_body`."""
         return Checkpoint.from_body(self.body)
-
-
-def fingerprint(key: Ed25519PublicKey) -> str:
-    """Return the SHA-256 of the key's PEM, hex: the figure that `fedfin server roster` shows."""
-    return hashlib.sha256(public_pem(key).encode()).hexdigest()
 
 
 def sign(checkpoint: Checkpoint, key: Ed25519PrivateKey) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from fedfin.audit.checkpoint import fingerprint, parse_checkpoint
+from fedfin.audit.checkpoint import parse_checkpoint
 from fedfin.audit.events import CheckpointSeen
 from fedfin.audit.exporting import EXPORT_FORMAT, verify_export
 from fedfin.audit.findings import CHANGED, FoundError, Wrong
@@ -25,6 +25,7 @@ from fedfin.audit.run_record import read_run
 from fedfin.audit.sealing import MANIFEST, RunSeal, is_sealed, read_seal
 from fedfin.audit.verifying import Check, Report, Trust, verify_log
 from fedfin.errors import AuditError
+from fedfin.identity import key_fingerprint
 
 __all__ = ["Inspection", "Kind", "anchors_of", "inspect", "origin_of"]
 
@@ -230,9 +231,8 @@ def _inspect_pack_folder(folder: Path, trust: Trust, found: Inspection, progress
         if record.job != manifest.job:
             what = f"the manifest is of the job {manifest.job}, and the run in the pack is {record.job}"
             raise FoundError(None, what, CHANGED)
-        owner = None if found.log is None else found.log
         signer = manifest.signed_by
-        if signer and owner is not None and signer not in _keys_of(folder / RUN_FOLDER / LOG):
+        if signer and found.log is not None and signer not in _keys_of(folder / RUN_FOLDER / LOG):
             what = f"the manifest is signed by the key {signer}, which is not the coordinator's"
             raise FoundError(None, what, "somebody else made this pack: ask the coordinator for its own")
 
@@ -337,4 +337,4 @@ def _trust_of(trust: Trust, membership: Membership | None, threshold: int) -> Tr
 
 def _keys_of(path: Path) -> set[str]:
     with open_log(path) as log:
-        return {fingerprint(key) for _, key in log.signers()}
+        return {key_fingerprint(key) for _, key in log.signers()}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedfin.audit.checkpoint import fingerprint, parse_checkpoint, signature_lines
+from fedfin.audit.checkpoint import parse_checkpoint, signature_lines
 from fedfin.audit.entry import Entry
 from fedfin.audit.events import (
     Approval,
@@ -21,6 +21,7 @@ from fedfin.audit.events import (
     Seal,
 )
 from fedfin.audit.reading import LogReader, open_log
+from fedfin.identity import key_fingerprint
 
 __all__ = ["LogStory", "Member", "Step", "read_story"]
 
@@ -118,7 +119,7 @@ def _opened(log: LogReader) -> LogStory:
     return LogStory(
         origin=log.origin,
         actor=log.actor,
-        key=fingerprint(log.public_key),
+        key=key_fingerprint(log.public_key),
         size=log.size,
         root=log.root().hex(),
         checkpoint=note,

@@ -22,11 +22,11 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedfin.audit.checkpoint import fingerprint
 from fedfin.audit.entry import canonical_json
 from fedfin.audit.findings import FoundError
 from fedfin.errors import AuditError
 from fedfin.files import write_public
+from fedfin.identity import key_fingerprint
 
 __all__ = ["MANIFEST", "PACK_FORMAT", "PackManifest", "read_manifest", "seal_pack", "unzip_pack", "zip_pack"]
 
@@ -214,7 +214,7 @@ def _signer(body: Mapping[str, Any]) -> str | None:
         key.verify(bytes.fromhex(body["signature"]), _LABEL + canonical_json(signed))
     except (InvalidSignature, ValueError, KeyError, TypeError) as error:
         raise FoundError(None, f"the signature of {MANIFEST} does not verify", _CHANGED) from error
-    return fingerprint(key)
+    return key_fingerprint(key)
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:

@@ -14,10 +14,10 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedfin.audit.checkpoint import fingerprint
 from fedfin.audit.entry import canonical_json
 from fedfin.errors import AuditError
 from fedfin.files import write_public
+from fedfin.identity import key_fingerprint
 
 __all__ = ["MANIFEST", "RUN_FORMAT", "RunSeal", "is_sealed", "read_seal", "seal_run"]
 
@@ -97,7 +97,7 @@ def _signer(body: Mapping[str, Any]) -> str:
         key.verify(bytes.fromhex(body["signature"]), _LABEL + canonical_json(unsigned))
     except (InvalidSignature, ValueError, TypeError) as error:
         raise _changed(f"the signature of {MANIFEST} does not verify") from error
-    return fingerprint(key)
+    return key_fingerprint(key)
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fedfin.audit.checkpoint import (
     NoteKey,
     VerifiedNote,
-    fingerprint,
     parse_checkpoint,
     signature_lines,
     verify_note,
@@ -29,6 +28,7 @@ from fedfin.audit.findings import CHANGED, CUT, REWRITTEN, FoundError, Wrong
 from fedfin.audit.reading import LogReader, open_log
 from fedfin.audit.tree import check_tree
 from fedfin.errors import AuditError
+from fedfin.identity import key_fingerprint
 
 __all__ = ["Anchored", "Check", "Report", "Trust", "Wrong", "verify_log"]
 
@@ -190,12 +190,12 @@ def _tell_contents(contents: Contents, report: Report) -> None:
 
 def _check_owner(log: LogReader, contents: Contents, trust: Trust, report: Report) -> None:
     """Hold the owner's first key, which the chain of rotations starts from, against those that are trusted."""
-    first = fingerprint(contents.keys[0][1])
+    first = key_fingerprint(contents.keys[0][1])
     if not trust.fingerprints:
         report.notes.append(f"no key was given to trust: compare the fingerprint {first} with {log.actor}'s")
         return
     latest = log.latest_checkpoint()
-    by = fingerprint(contents.key_at(parse_checkpoint(latest).size)) if latest is not None else first
+    by = key_fingerprint(contents.key_at(parse_checkpoint(latest).size)) if latest is not None else first
     # A later key that signed a checkpoint vouches for all below it; merely being named by a rotation is no consent.
     if trust.fingerprints.isdisjoint({first, by}):
         what = f"the log is signed by the key with the fingerprint {first}, which is not among those trusted"

@@ -13,11 +13,12 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedfin.approver import Subject, fingerprint, public_key_of, public_line, sign, verifies
+from fedfin.approver import Subject, public_key_of, public_line, sign, verifies
 from fedfin.audit.events import Approval
 from fedfin.client.folder import JobFolder, LenderFolder
 from fedfin.errors import ConfigError, NotYetError
 from fedfin.files import write_public
+from fedfin.identity import key_fingerprint
 from fedfin.lender_policy import Approver
 from fedfin.plan import JobPlan
 from fedfin.update import Propose
@@ -78,7 +79,7 @@ def require_approved(
         return ()
     found = approvers_of(folder, question.job_id, plan.digest(), question.schema_fingerprint)
     if len(found) >= needed:
-        return tuple(fingerprint(public_key_of(approver.key)) for approver in found)
+        return tuple(key_fingerprint(public_key_of(approver.key)) for approver in found)
     _keep(folder, question, plan, num_members)
     msg = f"job {question.job_id} waits for its approval at this lender (`fedfin client approve-job`)"
     raise NotYetError("approval", msg)
@@ -150,7 +151,7 @@ def approve(folder: LenderFolder, job: HeldJob, name: str, key: Ed25519PrivateKe
     path = _signature_path(folder.job(job.job), approver)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.journal.write(
-        Approval(subject="job", job=job.job, digest=digest, approver=fingerprint(key.public_key()))
+        Approval(subject="job", job=job.job, digest=digest, approver=key_fingerprint(key.public_key()))
     )
     body = {"plan": digest, "schema": job.schema, "signature": signature.hex()}
     write_public(path, (json.dumps(body, indent=1) + "\n").encode(), mode=0o600)
@@ -192,7 +193,7 @@ def _signature(job: JobFolder, approver: Approver) -> bytes | None:
 
 def _signature_path(job: JobFolder, approver: Approver) -> Path:
     # by the key and not the name: a name that passes to another person passes on no signature
-    return job.path / "approvals" / f"{fingerprint(public_key_of(approver.key))[:32]}.json"
+    return job.path / "approvals" / f"{key_fingerprint(public_key_of(approver.key))[:32]}.json"
 
 
 def _proposed(folder: LenderFolder, job_id: str) -> Path:

@@ -9,7 +9,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedfin.audit.checkpoint import fingerprint
 from fedfin.audit.events import Enrolment
 from fedfin.client.enrolment_link import post, request
 from fedfin.client.folder import LenderFolder
@@ -24,6 +23,7 @@ from fedfin.identity import (
     certificate_request,
     create_lender_keys,
     fingerprint_of,
+    key_fingerprint,
     load_lender_keys,
     public_pem,
     save_lender_keys,
@@ -112,8 +112,8 @@ def join(token: str, directory: Path) -> LenderFolder:
         Enrolment(
             member=invitation.name,
             federation=answer.federation,
-            identity=fingerprint(keys.identity.public_key()),
-            witness=fingerprint(keys.witness.public_key()),
+            identity=key_fingerprint(keys.identity.public_key()),
+            witness=key_fingerprint(keys.witness.public_key()),
             root=invitation.fingerprint,
         )
     )

@@ -12,11 +12,12 @@ from threading import RLock
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedfin.audit.checkpoint import Checkpoint, fingerprint, sign
+from fedfin.audit.checkpoint import Checkpoint, sign
 from fedfin.audit.events import Event, Founding
 from fedfin.audit.log import AuditLog
 from fedfin.audit.origins import lender_origin, root_fingerprint
 from fedfin.errors import AuditError
+from fedfin.identity import key_fingerprint
 
 __all__ = ["Journal"]
 
@@ -127,7 +128,7 @@ class Journal:
         return Founding(
             federation=self._federation,
             root=root_fingerprint(self._directory / "ca.pem"),
-            identity=fingerprint(key.public_key()),
+            identity=key_fingerprint(key.public_key()),
             release=importlib.metadata.version("fedfin"),
             earlier=hashlib.sha256(earlier.read_bytes()).hexdigest() if earlier.exists() else None,
         )

@@ -8,7 +8,6 @@ Source: RFC 8032 (Ed25519).
 
 import base64
 import binascii
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fedfin.errors import ConfigError
 from fedfin.files import write_private
-from fedfin.identity import private_pem, public_pem
+from fedfin.identity import private_pem
 
 __all__ = [
     "Subject",
-    "fingerprint",
     "load_key",
     "make_key",
     "public_key_of",
@@ -119,11 +117,6 @@ def public_key_of(line: str) -> Ed25519PublicKey:
     if public_line(key) != line:  # the last digit of base64 has bits to spare: one key, one word
         raise ValueError(msg)
     return key
-
-
-def fingerprint(key: Ed25519PublicKey) -> str:
-    """Return the SHA-256 of the key's PEM text, hex, as of every other key in fedfin."""
-    return hashlib.sha256(public_pem(key).encode()).hexdigest()
 
 
 def sign(subject: Subject, key: Ed25519PrivateKey) -> bytes:

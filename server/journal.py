@@ -11,11 +11,11 @@ from threading import RLock
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedfin.audit.checkpoint import fingerprint
 from fedfin.audit.events import Event, Founding
 from fedfin.audit.log import AuditLog
 from fedfin.audit.origins import COORDINATOR, coordinator_origin
 from fedfin.errors import AuditError
+from fedfin.identity import key_fingerprint
 
 __all__ = ["Journal", "open_federation_log"]
 
@@ -71,7 +71,7 @@ def open_federation_log(path: Path, key: Ed25519PrivateKey, *, federation: str, 
     founding = Founding(
         federation=federation,
         root=root,
-        identity=fingerprint(key.public_key()),
+        identity=key_fingerprint(key.public_key()),
         release=importlib.metadata.version("fedfin"),
     )
     try:

@@ -12,7 +12,6 @@ from fedfin.audit.checkpoint import (
     NoteKey,
     add_signatures,
     cosign,
-    fingerprint,
     parse_checkpoint,
     sign,
     signature_lines,
@@ -277,7 +276,7 @@ def test_what_cannot_be_cosigned_is_refused(checkpoint, key, witness):
 
 
 def test_the_fingerprint_is_the_rosters(key):
-    from fedfin.identity import public_pem
+    from fedfin.identity import key_fingerprint, public_pem
 
     roster = Roster.of({"bank-a": public_pem(key.public_key())})
-    assert roster.fingerprints() == {"bank-a": fingerprint(key.public_key())}
+    assert roster.fingerprints() == {"bank-a": key_fingerprint(key.public_key())}

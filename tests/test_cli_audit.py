@@ -10,14 +10,13 @@ from typer.testing import CliRunner
 
 from fedfin.audit import retention
 from fedfin.audit.access import record
-from fedfin.audit.checkpoint import fingerprint
 from fedfin.audit.events import Policy, Service
 from fedfin.audit.log import AuditLog
 from fedfin.audit.reading import open_log
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
 from fedfin.errors import AuditError
-from fedfin.identity import create_identity_key, private_pem
+from fedfin.identity import create_identity_key, key_fingerprint, private_pem
 
 OWNER = founded(MEMBERS).statement.fingerprint
 
@@ -146,7 +145,7 @@ def test_a_lender_s_log_which_keeps_no_checkpoint_is_proved_exported_and_pruned(
     bank.journal.write(*(Service(action="started", release="0.1.0"), Policy(digest="a" * 64)))
     bank.journal.checkpoint()  # for the coordinator, who keeps it
     bank.journal.close()
-    owner = fingerprint(bank.keys().identity.public_key())
+    owner = key_fingerprint(bank.keys().identity.public_key())
     run_command("audit", "prove", bank.directory, "1")
     run_command("audit", "export", bank.directory)
     for name in ("entry-1.json", "audit.jsonl"):

@@ -12,13 +12,13 @@ from lenders import JOB, PLAN, AskedLender, lender_folder, open_lender, proposal
 from secure_house import SecureHouse, hurry, job_of
 from typer.testing import CliRunner
 
-from fedfin.approver import Subject, fingerprint, load_key, make_key, public_line, sign, verifies
+from fedfin.approver import Subject, load_key, make_key, public_line, sign, verifies
 from fedfin.audit.events import Approval, Refusal
 from fedfin.cli import app
 from fedfin.client.folder import LenderFolder
 from fedfin.client.job_approval import approve, approvers_of, held_job, held_jobs
 from fedfin.errors import ConfigError
-from fedfin.identity import private_pem
+from fedfin.identity import key_fingerprint, private_pem
 from fedfin.privacy.ledger import Ledger
 from fedfin.server import gathering
 from fedfin.update import Accepted, AskHistogram, Finish, Refused, decode, encode
@@ -70,7 +70,7 @@ def test_a_job_waits_until_two_different_approvers_have_signed_it_and_needs_no_r
     assert refused(lender).waits == "approval"
     assert sign_as(bank, "ben", BEN) == 2
     assert accepted(lender).weight == 100.0
-    approvers = [fingerprint(key.public_key()) for key in (ANNA, BEN)]
+    approvers = [key_fingerprint(key.public_key()) for key in (ANNA, BEN)]
     assert json.loads((bank.parent / "jobs" / JOB / "job.json").read_text())["approvers"].split() == approvers
     assert {event.approver for event in logged(bank.parent, Approval) if event.subject == "job"} == set(
         approvers
@@ -111,7 +111,7 @@ def forge(bank, key, owner, **changes):
     held = held_job(folder, JOB)
     names = {"federation": "test", "lender": "north-bank", "job": JOB, "plan": held.plan.digest()}
     subject = Subject(**{**names, "schema": held.schema, **changes})
-    path = bank.parent / "jobs" / JOB / "approvals" / f"{fingerprint(owner.public_key())[:32]}.json"
+    path = bank.parent / "jobs" / JOB / "approvals" / f"{key_fingerprint(owner.public_key())[:32]}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"signature": sign(subject, key).hex()}))
 

@@ -13,11 +13,12 @@ import pytest
 from federation import SECURE_JOB, federation, shares
 from forking import install, kept_by
 
-from fedfin.audit.checkpoint import NoteKey, fingerprint, parse_checkpoint, verify_note
+from fedfin.audit.checkpoint import NoteKey, parse_checkpoint, verify_note
 from fedfin.audit.events import Event, Exchange, Fork, Incident, Refusal
 from fedfin.audit.sealing import seal_run
 from fedfin.client.folder import LenderFolder
 from fedfin.client.pinning import own_row, pending, pinned
+from fedfin.identity import key_fingerprint
 from fedfin.roster_chain import RosterChain, SignedRoster
 from fedfin.roster_versions import RosterVersion, sign_version
 from fedfin.server.founding import open_federation
@@ -77,7 +78,7 @@ def verify(built, path, *options):
 
 def key_of(built, name):
     """Return the fingerprint of a lender's identity key, which owns its log."""
-    return fingerprint(LenderFolder(built.bank(name)).keys().identity.public_key())
+    return key_fingerprint(LenderFolder(built.bank(name)).keys().identity.public_key())
 
 
 def of_job(built, name, job, kind: type[Event]):

@@ -7,10 +7,11 @@ from audit_logs import ORIGIN, changed, new_log, round_event, rows
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedfin.audit import contents, entry, merkle, tree
-from fedfin.audit.checkpoint import Checkpoint, add_signatures, cosign, fingerprint, sign
+from fedfin.audit.checkpoint import Checkpoint, add_signatures, cosign, sign
 from fedfin.audit.entry import event_json, signed_leaves
 from fedfin.audit.events import Budget, Clock, Pruned, Rotation
 from fedfin.audit.verifying import Trust, verify_log
+from fedfin.identity import key_fingerprint
 
 TIME = 1_767_225_600
 NUM_ENTRIES = 300
@@ -48,7 +49,7 @@ def path(whole, tmp_path):
 @pytest.fixture
 def trust(key, witnesses):
     return Trust(
-        fingerprints=frozenset({fingerprint(key.public_key())}),
+        fingerprints=frozenset({key_fingerprint(key.public_key())}),
         witnesses={name: one.public_key() for name, one in witnesses.items()},
         threshold=2,
     )
@@ -387,10 +388,10 @@ def test_a_checkpoint_of_another_log_is_named(path, key):
 
 
 def test_a_log_by_a_key_that_is_not_trusted_is_named(path, key):
-    stranger = fingerprint(Ed25519PrivateKey.generate().public_key())
+    stranger = key_fingerprint(Ed25519PrivateKey.generate().public_key())
     wrong = verify_log(path, Trust(fingerprints=frozenset({stranger}))).wrong
     assert (
-        f"the key with the fingerprint {fingerprint(key.public_key())}, which is not among those"
+        f"the key with the fingerprint {key_fingerprint(key.public_key())}, which is not among those"
         in wrong.what
     )
 
@@ -472,7 +473,7 @@ def test_the_old_key_signs_nothing_after_it_was_replaced(tmp_path, key):
     assert report.ok
     assert "who replaced its key 1 times" in report.checked[2].detail
     for trusted in (key, new_key):
-        assert verify_log(path, Trust(fingerprints=frozenset({fingerprint(trusted.public_key())}))).ok
+        assert verify_log(path, Trust(fingerprints=frozenset({key_fingerprint(trusted.public_key())}))).ok
     by_old = sign(Checkpoint(ORIGIN, 5, report.root), key)
     assert "is not signed by the key" in verify_log(path, Trust(anchors=(by_old,))).wrong.what
     rewritten(path, [*bodies_of(path), leaf(round_event(), 5, key)])
@@ -485,7 +486,7 @@ def test_a_key_that_a_stranger_merely_names_vouches_for_nothing(tmp_path, key):
     with new_log(path, forger, num_entries=3) as log:
         log.checkpoint()
         log.rotate(key)
-    trust = Trust(fingerprints=frozenset({fingerprint(key.public_key())}))
+    trust = Trust(fingerprints=frozenset({key_fingerprint(key.public_key())}))
     assert "is not among those trusted" in verify_log(path, trust).wrong.what
 
 
