@@ -30,12 +30,11 @@ from fedfin.errors import AuditError, ConfigError, LinkError, ProtocolRefusalErr
 from fedfin.files import write_public
 from fedfin.identity import LenderKeys
 from fedfin.roster_chain import RosterChain
-from fedfin.update import AskHistogram, Evaluate, Finish, Mask, Message, Propose, Train, with_witness
-from fedfin.witness import Shown, Witnessed
+from fedfin.update import Message, Propose, with_witness
+from fedfin.witness import WITNESSED, Shown, Witnessed
 
 __all__ = ["Witness", "clear_forks", "last_cosigned", "open_forks"]
 
-_NEEDS: Final[tuple[type[Message], ...]] = (Propose, Mask, AskHistogram, Train, Evaluate, Finish)
 _LONGEST_NOTE: Final = 8192  # of a note in an entry
 
 
@@ -100,7 +99,7 @@ class Witness:
         if not self._is_read:
             known = self._folder.journal.path.exists()
             self._bases, self._is_read = _bases(self._folder.journal.log) if known else (), True
-        if not isinstance(question, _NEEDS):
+        if not isinstance(question, WITNESSED):
             return
         if not question.witness:
             raise refusal("witness", f"no checkpoint came with {type(question).__name__}")

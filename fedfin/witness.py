@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fedfin.errors import LinkError
+from fedfin.update import AskHistogram, Evaluate, Finish, Mask, Message, Propose, Train
 
-__all__ = ["Shown", "Witnessed"]
+__all__ = ["WITNESSED", "Shown", "Witnessed"]
+
+WITNESSED: Final[tuple[type[Message], ...]] = (Propose, Mask, AskHistogram, Train, Evaluate, Finish)
+"""The questions of weight: the coordinator shows a checkpoint with each, and a lender answers none without."""
 
 _MAX_TEXT: Final = 1024 * 1024
 _MAX_PROOFS: Final = 4096

@@ -37,12 +37,11 @@ from fedfin.server.exchange import Answers, Exchange
 from fedfin.server.jobs import Say
 from fedfin.server.journal import Journal
 from fedfin.server.roster import Member
-from fedfin.update import AskHistogram, Evaluate, Finish, Mask, Message, Propose, Train
-from fedfin.witness import Shown, Witnessed
+from fedfin.update import Finish, Message
+from fedfin.witness import WITNESSED, Shown, Witnessed
 
 __all__ = ["WitnessedExchange"]
 
-_SHOWN_WITH: Final[tuple[type[Message], ...]] = (Propose, Mask, AskHistogram, Train, Evaluate, Finish)
 _MOST_SHOWN: Final = 64  # earlier checkpoints that a lender may have cosigned, and whose cosignature was lost
 
 
@@ -120,7 +119,7 @@ class WitnessedExchange:
         Raises:
             AuditError: The log cannot be written, or is shorter than what a lender cosigned: the job must not go on.
         """
-        if not any(isinstance(request, _SHOWN_WITH) for request in requests.values()):
+        if not any(isinstance(request, WITNESSED) for request in requests.values()):
             return self._exchange.ask(
                 requests, expected, deadline_s=deadline_s, on_reply=on_reply, fold=fold, enough=enough
             )
