@@ -30,8 +30,8 @@ class Signers:
         self.origin = origin
         self.key = first
         self._actor = actor
-        self._last = self._first = key_fingerprint(first)
-        self._vouching = {self._first}
+        self._last = key_fingerprint(first)
+        self._vouching = {self._last}
 
     def check(self, leaf: bytes, index: int) -> Entry:
         """Check form, place, actor and signature of an entry, and take over a new key where it says so.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
+from fedfin.audit.access import LOG_FILE
 from fedfin.audit.checkpoint import parse_checkpoint
 from fedfin.audit.events import CheckpointSeen
 from fedfin.audit.exporting import EXPORT_FORMAT, verify_export
@@ -20,7 +21,7 @@ from fedfin.audit.pack import RUN_FOLDER
 from fedfin.audit.pack_files import read_manifest, unzip_pack
 from fedfin.audit.proving import PROOF_FORMAT, verify_proof
 from fedfin.audit.reading import open_log
-from fedfin.audit.run_checking import LOG, check_run
+from fedfin.audit.run_checking import check_run
 from fedfin.audit.run_record import read_run
 from fedfin.audit.sealing import MANIFEST, RunSeal, is_sealed, read_seal
 from fedfin.audit.verifying import Check, Report, Trust, verify_log
@@ -103,7 +104,7 @@ def inspect(path: Path, trust: Trust | None = None, progress: Progress | None = 
             case "proof":
                 found.take(verify_proof(path, trust), path.name)
             case "folder":
-                _inspect_log(path / LOG, trust, found, progress)
+                _inspect_log(path / LOG_FILE, trust, found, progress)
             case "run directory":
                 _inspect_run(path, "", trust, found, progress)
             case "evidence pack":
@@ -128,7 +129,7 @@ def anchors_of(path: Path, origin: str) -> tuple[str, ...]:
         AuditError: The file is neither, or holds none of that log.
     """
     if path.is_dir():
-        path = path / LOG
+        path = path / LOG_FILE
     with path.open("rb") as file:
         is_log = file.read(len(_SQLITE)) == _SQLITE
     if not is_log:
@@ -153,7 +154,10 @@ def origin_of(path: Path) -> str:
         AuditError: It cannot be told.
     """
     if path.is_dir():
-        path = next((found for found in (path / LOG, path / RUN_FOLDER / LOG) if found.exists()), path / LOG)
+        path = next(
+            (found for found in (path / LOG_FILE, path / RUN_FOLDER / LOG_FILE) if found.exists()),
+            path / LOG_FILE,
+        )
     if path.is_file() and _kind_of_file(path) == "log":
         with open_log(path) as log:
             return log.origin
@@ -170,9 +174,9 @@ def _kind_of_folder(path: Path) -> Kind:
         return "evidence pack"
     if (path / "run.json").exists():
         return "run directory"
-    if (path / LOG).exists():
+    if (path / LOG_FILE).exists():
         return "folder"
-    msg = f"{path} holds no log ({LOG}), no run (run.json) and no evidence pack; name one that does"
+    msg = f"{path} holds no log ({LOG_FILE}), no run (run.json) and no evidence pack; name one that does"
     raise AuditError(msg)
 
 
@@ -232,7 +236,7 @@ def _inspect_pack_folder(folder: Path, trust: Trust, found: Inspection, progress
             what = f"the manifest is of the job {manifest.job}, and the run in the pack is {record.job}"
             raise FoundError(None, what, CHANGED)
         signer = manifest.signed_by
-        if signer and found.log is not None and signer not in _keys_of(folder / RUN_FOLDER / LOG):
+        if signer and found.log is not None and signer not in _keys_of(folder / RUN_FOLDER / LOG_FILE):
             what = f"the manifest is signed by the key {signer}, which is not the coordinator's"
             raise FoundError(None, what, "somebody else made this pack: ask the coordinator for its own")
 
@@ -267,23 +271,24 @@ def _inspect_run(path: Path, prefix: str, trust: Trust, found: Inspection, progr
         what = f"the run {record.job} has no signed roster ({prefix}{ROSTER} and {prefix}{ROOT})"
         raise FoundError(None, what, "without it nobody but the coordinator vouches for the run: ask for it")
     _tell_membership(membership, found)
-    found.where = f"{prefix}{LOG}"
-    if not (path / LOG).exists():
-        what = f"the run {record.job} has no log ({prefix}{LOG})"
+    found.where = f"{prefix}{LOG_FILE}"
+    if not (path / LOG_FILE).exists():
+        what = f"the run {record.job} has no log ({prefix}{LOG_FILE})"
         raise FoundError(
             None, what, "it was taken away, or the run was made by a release without one: ask for it"
         )
     threshold = 0 if membership is None else membership.quorum
     found.take(
-        verify_log(path / LOG, _trust_of(trust, membership, threshold), progress=progress), f"{prefix}{LOG}"
+        verify_log(path / LOG_FILE, _trust_of(trust, membership, threshold), progress=progress),
+        f"{prefix}{LOG_FILE}",
     )
     if found.ok:
-        if membership is not None and membership.coordinator not in _keys_of(path / LOG):
+        if membership is not None and membership.coordinator not in _keys_of(path / LOG_FILE):
             what = f"the log is signed by another key than that of the roster's coordinator, {membership.coordinator}"
             raise FoundError(None, what, "it is another federation's log, or somebody else made it")
-        found.checked += check_run(record, path / LOG, membership)
+        found.checked += check_run(record, path / LOG_FILE, membership)
         found.where = f"{prefix}{MANIFEST}"
-        _check_seal(seal, record.job, _keys_of(path / LOG))
+        _check_seal(seal, record.job, _keys_of(path / LOG_FILE))
         found.where = ""
 
 

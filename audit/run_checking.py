@@ -21,9 +21,8 @@ from fedfin.audit.run_record import RunRecord
 from fedfin.audit.verifying import Check
 from fedfin.errors import AuditError
 
-__all__ = ["LOG", "check_run"]
+__all__ = ["check_run"]
 
-LOG: Final = "audit.db"
 
 _DISAGREE: Final = "a file of the run was changed after the run: rely on none of it, and ask for it again"
 _EXCHANGED: Final = "the coordinator exchanged the model between two rounds: ask it why, and rely on neither"
