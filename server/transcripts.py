@@ -49,8 +49,12 @@ class Transcripts:
         Raises:
             AuditError: It is damaged.
         """
-        paths = sorted(self.folder.glob(f"{stage.replace(' ', '-')}.*.json"))
-        return Transcript.read(paths[-1]) if paths else None
+        by_attempt = {
+            int(path.stem.rpartition(".")[2]): path
+            for path in self.folder.glob(f"{stage.replace(' ', '-')}.*.json")
+            if path.stem.rpartition(".")[2].isdecimal()
+        }
+        return Transcript.read(by_attempt[max(by_attempt)]) if by_attempt else None
 
 
 class RecordedCombiner(Combiner):

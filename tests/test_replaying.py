@@ -1,6 +1,7 @@
 """A round is done again from its transcript, to the bit, and whatever was changed in it is named."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -76,6 +77,15 @@ def test_every_round_of_a_job_is_done_again_with_the_same_digests(house, tmp_pat
     assert replay(run, 3).model == digest
     assert all(event.transcript for event in logged.values())
     assert read_seal(run).job == run.name
+
+
+def test_the_last_attempt_at_a_stage_counts_and_ten_comes_after_nine(house, tmp_path):
+    kept = Transcripts(finished(house, job_of("none", rounds=1), tmp_path)[0])
+    first = kept.path("round 1", 0)
+    for suffix in (".json", ".bin"):
+        shutil.copy(first.with_suffix(suffix), kept.path("round 1", 10).with_suffix(suffix))
+    kept.path("round 1", 9).write_text("an attempt that is not read")
+    assert kept.read("round 1").vectors.keys() == kept.read("bins").vectors.keys()
 
 
 def change_vector(run):
