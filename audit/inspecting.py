@@ -16,6 +16,7 @@ from fedfin.audit.checkpoint import parse_checkpoint
 from fedfin.audit.events import CheckpointSeen
 from fedfin.audit.exporting import EXPORT_FORMAT, verify_export
 from fedfin.audit.findings import CHANGED, FoundError, Wrong
+from fedfin.audit.manifest import MANIFEST
 from fedfin.audit.membership import ROOT, ROSTER, Membership, read_membership, stated_coordinator
 from fedfin.audit.pack import RUN_FOLDER
 from fedfin.audit.pack_files import read_manifest, unzip_pack
@@ -23,7 +24,7 @@ from fedfin.audit.proving import PROOF_FORMAT, verify_proof
 from fedfin.audit.reading import open_log
 from fedfin.audit.run_checking import check_run
 from fedfin.audit.run_record import read_run
-from fedfin.audit.sealing import MANIFEST, RunSeal, is_sealed, read_seal
+from fedfin.audit.sealing import RunSeal, is_sealed, read_seal
 from fedfin.audit.verifying import Check, Report, Trust, verify_log
 from fedfin.errors import AuditError
 from fedfin.identity import key_fingerprint

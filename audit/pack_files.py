@@ -6,7 +6,6 @@ found, by writing the pack again and comparing.
 """
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -19,18 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedfin.audit.entry import canonical_json
 from fedfin.audit.findings import FoundError
+from fedfin.audit.manifest import MANIFEST, difference, sha256_of, signer_of, write_manifest
 from fedfin.errors import AuditError
-from fedfin.files import write_public
-from fedfin.identity import key_fingerprint
 
-__all__ = ["MANIFEST", "PACK_FORMAT", "PackManifest", "read_manifest", "seal_pack", "unzip_pack", "zip_pack"]
+__all__ = ["PACK_FORMAT", "PackManifest", "read_manifest", "seal_pack", "unzip_pack", "zip_pack"]
 
-MANIFEST: Final = "manifest.json"
 PACK_FORMAT: Final = "fedfin evidence pack 1"
 
 _LABEL: Final = b"fedfin evidence pack v1\n"
@@ -78,12 +74,7 @@ def seal_pack(folder: Path, job: str, key: Ed25519PrivateKey | None) -> str:
         ConfigError: The folder cannot be written.
     """
     body = {"files": _digests(folder), "format": PACK_FORMAT, "job": job}
-    if key is not None:
-        body["key"] = key.public_key().public_bytes_raw().hex()
-        body["signature"] = key.sign(_LABEL + canonical_json(body)).hex()
-    content = canonical_json(body) + b"\n"
-    write_public(folder / MANIFEST, content)
-    return hashlib.sha256(content).hexdigest()
+    return write_manifest(folder, body, _LABEL, key)
 
 
 def read_manifest(folder: Path) -> PackManifest:
@@ -93,17 +84,9 @@ def read_manifest(folder: Path) -> PackManifest:
         FoundError: A file is missing, was changed or added, or the manifest is not as it was written.
     """
     body = _parse(folder / MANIFEST)
-    held, stated = _digests(folder), body["files"]
-    for name in sorted({*held, *stated}):
-        if name not in held:
-            raise FoundError(None, f"the file {name} is missing from the pack", _CHANGED)
-        if name not in stated:
-            raise FoundError(
-                None, f"the file {name} was added to the pack: its manifest does not name it", _CHANGED
-            )
-        if held[name] != stated[name]:
-            raise FoundError(None, f"the file {name} is not the one that the manifest names", _CHANGED)
-    return PackManifest(job=str(body["job"]), num_files=len(stated), signed_by=_signer(body))
+    if (what := difference(_digests(folder), body["files"], "pack")) is not None:
+        raise FoundError(None, what, _CHANGED)
+    return PackManifest(job=str(body["job"]), num_files=len(body["files"]), signed_by=_signer(body))
 
 
 def zip_pack(folder: Path, path: Path) -> None:
@@ -209,21 +192,19 @@ def _signer(body: Mapping[str, Any]) -> str | None:
     if "key" not in body and "signature" not in body:
         return None
     try:
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(body["key"]))
-        signed = {name: value for name, value in body.items() if name != "signature"}
-        key.verify(bytes.fromhex(body["signature"]), _LABEL + canonical_json(signed))
-    except (InvalidSignature, ValueError, KeyError, TypeError) as error:
-        raise FoundError(None, f"the signature of {MANIFEST} does not verify", _CHANGED) from error
-    return key_fingerprint(key)
+        return signer_of(body, _LABEL)
+    except AuditError as error:
+        raise FoundError(None, str(error), _CHANGED) from error
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name in _names(folder):
         if name != MANIFEST:
-            with (folder / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
+            found[name] = {
+                "bytes": (folder / name).stat().st_size,
+                "sha256": sha256_of(folder / name),
+            }
     return found
 
 

@@ -4,24 +4,19 @@ What is in the folder then stands as one: a file that is changed, added or taken
 coordinator, whose key the federation's root states; the log in the folder says the same, entry by entry.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedfin.audit.entry import canonical_json
+from fedfin.audit.manifest import MANIFEST, difference, sha256_of, signer_of, write_manifest
 from fedfin.errors import AuditError
-from fedfin.files import write_public
-from fedfin.identity import key_fingerprint
 
-__all__ = ["MANIFEST", "RUN_FORMAT", "RunSeal", "is_sealed", "read_seal", "seal_run"]
+__all__ = ["RUN_FORMAT", "RunSeal", "is_sealed", "read_seal", "seal_run"]
 
-MANIFEST: Final = "manifest.json"
 RUN_FORMAT: Final = "fedfin run 1"
 
 _LABEL: Final = b"fedfin run v1\n"
@@ -60,16 +55,8 @@ def seal_run(folder: Path, job: str, key: Ed25519PrivateKey) -> str:
         AuditError: The folder holds something that is no plain file.
         ConfigError: It cannot be written.
     """
-    body = {
-        "files": _digests(folder),
-        "format": RUN_FORMAT,
-        "job": job,
-        "key": key.public_key().public_bytes_raw().hex(),
-    }
-    signature = key.sign(_LABEL + canonical_json(body)).hex()
-    content = canonical_json({**body, "signature": signature}) + b"\n"
-    write_public(folder / MANIFEST, content)
-    return hashlib.sha256(content).hexdigest()
+    body = {"files": _digests(folder), "format": RUN_FORMAT, "job": job}
+    return write_manifest(folder, body, _LABEL, key)
 
 
 def read_seal(folder: Path) -> RunSeal:
@@ -79,25 +66,13 @@ def read_seal(folder: Path) -> RunSeal:
         AuditError: A file is missing, was changed or added, or the manifest is not as it was signed; names the first.
     """
     body = _parse(folder / MANIFEST)
-    held, stated = _digests(folder), body["files"]
-    for name in sorted({*held, *stated}):
-        if name not in held:
-            raise _changed(f"the file {name} is missing from the run")
-        if name not in stated:
-            raise _changed(f"the file {name} was added to the run: its manifest does not name it")
-        if held[name] != stated[name]:
-            raise _changed(f"the file {name} is not the one that the manifest names")
-    return RunSeal(job=str(body["job"]), num_files=len(stated), signed_by=_signer(body))
-
-
-def _signer(body: Mapping[str, Any]) -> str:
-    unsigned = {name: value for name, value in body.items() if name != "signature"}
+    if (what := difference(_digests(folder), body["files"], "run")) is not None:
+        raise _changed(what)
     try:
-        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(body["key"]))
-        key.verify(bytes.fromhex(body["signature"]), _LABEL + canonical_json(unsigned))
-    except (InvalidSignature, ValueError, TypeError) as error:
-        raise _changed(f"the signature of {MANIFEST} does not verify") from error
-    return key_fingerprint(key)
+        signed_by = signer_of(body, _LABEL)
+    except AuditError as error:
+        raise _changed(str(error)) from error
+    return RunSeal(job=str(body["job"]), num_files=len(body["files"]), signed_by=signed_by)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -126,8 +101,7 @@ def _digests(folder: Path) -> dict[str, str]:
             msg = f"{path} is no plain file, and a run holds nothing else; take it out"
             raise AuditError(msg)
         if name != MANIFEST:
-            with path.open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = sha256_of(path)
     return found
 
 

@@ -8,13 +8,13 @@ import hashlib
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
-from threading import RLock
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedfin.audit.checkpoint import Checkpoint, sign
-from fedfin.audit.events import Event, Founding
+from fedfin.audit.events import Founding
 from fedfin.audit.log import AuditLog
+from fedfin.audit.noting import Noting
 from fedfin.audit.origins import lender_origin, root_fingerprint
 from fedfin.errors import AuditError
 from fedfin.identity import key_fingerprint
@@ -22,8 +22,8 @@ from fedfin.identity import key_fingerprint
 __all__ = ["Journal"]
 
 
-class Journal:
-    """Writes one lender's log; safe for several threads, and beside other processes that write it too."""
+class Journal(Noting):
+    """Writes one lender's log, beside other processes that write it too."""
 
     def __init__(
         self, directory: Path, *, name: str, federation: str, identity: Callable[[], Ed25519PrivateKey]
@@ -36,38 +36,14 @@ class Journal:
             federation: The federation's name.
             identity: Reads the lender's identity key.
         """
+        super().__init__()
         self.path = directory / "audit.db"
         self._directory = directory
         self._name = name
         self._federation = federation
         self._identity = identity
-        self._noted: list[Event] = []
         self._log: AuditLog | None = None
         self._key: Ed25519PrivateKey | None = None
-        self._lock = RLock()
-
-    def note(self, *events: Event) -> None:
-        """Take events that happened; they are in the log once `flush` returns."""
-        with self._lock:
-            self._noted += events
-
-    def flush(self) -> None:
-        """Write what was noted.
-
-        Raises:
-            AuditError: It could not be logged; it stays noted, and what it is about must not leave.
-            ConfigError: The key or the root certificate cannot be read.
-        """
-        with self._lock:
-            if self._noted:
-                self.log.append_many(self._noted)
-                self._noted = []
-
-    def write(self, *events: Event) -> None:
-        """Log events now, after those that were noted; errors as `flush`."""
-        with self._lock:
-            self._noted += events
-            self.flush()
 
     def checkpoint(self) -> str:
         """Return the present state of the log as a note signed by the lender's identity key; errors as `flush`."""
@@ -81,7 +57,12 @@ class Journal:
 
     @property
     def log(self) -> AuditLog:
-        """The open log, made where there was none; errors as `flush`."""
+        """The open log, made where there was none.
+
+        Raises:
+            AuditError: It cannot be made or opened, or is gone.
+            ConfigError: The key or the root certificate cannot be read.
+        """
         with self._lock:
             if self._log is None:
                 self._key = self._identity()

@@ -5,7 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
-from fedfin.cli_output import DebugOption, JsonOption, chosen, guarded, print_json, say
+from fedfin.cli_output import DebugOption, JsonOption, agreed, chosen, guarded, print_json, say
 
 __all__ = ["EPILOG", "clear_fork"]
 
@@ -47,8 +47,10 @@ def clear_fork(
                     f"{fork['file']}, {fork['time']}, {fork['question']} of job {fork['job']}: {fork['reason']}"
                 )
                 say(f"held:\n{fork['held'] or '(nothing yet)'}\nshown:\n{fork['shown']}")
-        if found and not yes:
-            typer.confirm("Did you find out why, and should this lender answer again?", abort=True)
+        question = "did you find out why, and should this lender answer again?"
+        if found and not yes and not agreed(question):
+            say("nothing was cleared; this lender answers its coordinator nothing", style="bold red")
+            raise SystemExit(1)
         cleared = clear_forks(folder)
         folder.journal.close()
         if json_out:

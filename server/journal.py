@@ -7,12 +7,12 @@ What happens in a stage is noted, and written together before the next questions
 import contextlib
 import importlib.metadata
 from pathlib import Path
-from threading import RLock
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedfin.audit.events import Event, Founding
+from fedfin.audit.events import Founding
 from fedfin.audit.log import AuditLog
+from fedfin.audit.noting import Noting
 from fedfin.audit.origins import COORDINATOR, coordinator_origin
 from fedfin.errors import AuditError
 from fedfin.identity import key_fingerprint
@@ -20,35 +20,17 @@ from fedfin.identity import key_fingerprint
 __all__ = ["Journal", "open_federation_log"]
 
 
-class Journal:
-    """Notes events and writes them to an open log; safe for several threads."""
+class Journal(Noting):
+    """Notes events and writes them to a log that is open already."""
 
     def __init__(self, log: AuditLog) -> None:
-        self.log = log
-        self._noted: list[Event] = []
-        self._lock = RLock()
+        super().__init__()
+        self._log = log
 
-    def note(self, *events: Event) -> None:
-        """Take events that happened; they are in the log once `flush` returns."""
-        with self._lock:
-            self._noted += events
-
-    def flush(self) -> None:
-        """Write what was noted.
-
-        Raises:
-            AuditError: It could not be logged; it stays noted, and the job must not go on.
-        """
-        with self._lock:
-            if self._noted:
-                self.log.append_many(self._noted)
-                self._noted = []
-
-    def write(self, *events: Event) -> None:
-        """Log events now, after those that were noted; errors as `flush`."""
-        with self._lock:
-            self._noted += events
-            self.flush()
+    @property
+    def log(self) -> AuditLog:
+        """The log that was given."""
+        return self._log
 
 
 def open_federation_log(path: Path, key: Ed25519PrivateKey, *, federation: str, root: str) -> AuditLog:

@@ -18,13 +18,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fedfin.audit.events import Exchange, RoundCompleted
 from fedfin.audit.reading import open_log
 from fedfin.audit.verifying import verify_log
-from fedfin.credit.export import load_model, model_digest
+from fedfin.credit.export import load_model
 from fedfin.errors import AuditError, LinkError, ProtocolRefusalError, RoundAbortedError
 from fedfin.plan import JobPlan
 from fedfin.privacy.combiner import Combiner
 from fedfin.roster_chain import RosterChain
-from fedfin.server.roster import Checkpoint
-from fedfin.server.stages import JobStages
+from fedfin.server.stages import JobStages, digest_of
 from fedfin.server.summing import CohortSums, Stage
 from fedfin.server.transcripts import Transcript, Transcripts
 from fedfin.update import encode
@@ -94,17 +93,17 @@ def replay(run: Path, number: int) -> Replayed:
     transcripts = Transcripts(run)
     _, sums = _sum_again(transcripts, stages.bins(), roster, logged, run)
     checkpoint = stages.first(sums)
-    _require(_digest(checkpoint) == logged.bins, run, "the first model, made of the bins,")
+    _require(digest_of(checkpoint) == logged.bins, run, "the first model, made of the bins,")
     digest, done = "", 0
     for one in sorted(known for known in logged.rounds if known <= number):
         entry = logged.rounds[one]
-        _require(_digest(checkpoint) == entry.model_before, run, f"the model before round {one}")
+        _require(digest_of(checkpoint) == entry.model_before, run, f"the model before round {one}")
         digest, sums = _sum_again(transcripts, stages.round(one, checkpoint), roster, logged, run)
         checkpoint = stages.after(checkpoint, sums)
-        _require(_digest(checkpoint) == entry.model_after, run, f"the model after round {one}")
+        _require(digest_of(checkpoint) == entry.model_after, run, f"the model after round {one}")
         _require(sums.survivors == entry.cohort, run, f"the cohort of round {one}")
         done += 1
-    return Replayed(number, sums.survivors, digest, _digest(checkpoint), done)
+    return Replayed(number, sums.survivors, digest, digest_of(checkpoint), done)
 
 
 def _sum_again(
@@ -203,10 +202,6 @@ def _roster(run: Path) -> Mapping[str, Ed25519PublicKey]:
     except (OSError, UnicodeDecodeError, LinkError) as error:
         msg = f"{path} cannot be read ({error}); a run that is finished and sealed has it"
         raise AuditError(msg) from error
-
-
-def _digest(checkpoint: Checkpoint) -> str:
-    return model_digest(checkpoint.fingerprint, checkpoint.weights)
 
 
 def _require(holds: bool, run: Path, what: str) -> None:  # noqa: FBT001  (private, always by the same form)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from fedfin.coordinator_key import CoordinatorIdentity
-from fedfin.credit.export import model_digest
 from fedfin.credit.schema import Schema
 from fedfin.errors import FedfinError, JobOverError, QuorumError
 from fedfin.plan import JobPlan
@@ -27,7 +26,7 @@ from fedfin.server.jobs import Say
 from fedfin.server.plain_sums import PlainSums
 from fedfin.server.roster import Checkpoint, FederationStore, Job
 from fedfin.server.roster_signing import RosterBook, RosterSigning
-from fedfin.server.stages import JobStages
+from fedfin.server.stages import JobStages, digest_of
 from fedfin.server.summing import CohortSums, Stage, SumLostError, Summing, SumShortError, Upcoming
 from fedfin.server.transcripts import Transcripts
 from fedfin.server.unmasking import JobContext, SecureSums
@@ -189,7 +188,7 @@ class _Runner:
             "event": "bins",
             "lenders": len(sums.survivors),
             "missing": dict(sums.missing),
-            "model": _digest(checkpoint),
+            "model": digest_of(checkpoint),
         }
         self._store.save_checkpoint(self._job_id, checkpoint, said)
         self._say(said)
@@ -203,7 +202,7 @@ class _Runner:
         if sums is None:
             return before
         after = stages.after(before, sums)
-        digests = {"model_before": _digest(before), "model": _digest(after)}
+        digests = {"model_before": digest_of(before), "model": digest_of(after)}
         said = {"event": "round_done", **about, **_report(sums), **digests}
         self._store.save_checkpoint(self._job_id, after, said)
         self._say(said)
@@ -236,7 +235,7 @@ class _Runner:
                         "event": "evaluated",
                         **about,
                         "figures": figures["figures"],
-                        "model": _digest(model),
+                        "model": digest_of(model),
                         **_report(found),
                     }
                     self._store.keep_said(self._job_id, said)
@@ -371,10 +370,6 @@ class _Runner:
             wait=self._gathering.wait,
             transcripts=self._transcripts,
         )
-
-
-def _digest(checkpoint: Checkpoint) -> str:
-    return model_digest(checkpoint.fingerprint, checkpoint.weights)
 
 
 def _report(sums: CohortSums) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedfin.credit.binning import bins_from_histogram, histogram_sensitivity, histogram_size
 from fedfin.credit.drift import Reference, num_cells
+from fedfin.credit.export import model_digest
 from fedfin.credit.models import architecture_of, initial_weights, largest_model, model_fingerprint
 from fedfin.credit.schema import Schema
 from fedfin.credit.score_counts import evaluation_cells
@@ -45,9 +46,14 @@ from fedfin.strategies.sums import (
 )
 from fedfin.update import AskHistogram, Evaluate, Histogram, Message, Scores, Train, Update
 
-__all__ = ["JobStages"]
+__all__ = ["JobStages", "digest_of"]
 
 _NOISE_TAIL: Final = 8.0  # standard deviations that noise does not pass, but with a chance of 1e-15
+
+
+def digest_of(checkpoint: Checkpoint) -> str:
+    """Return the digest of a checkpoint's model, hex: what the log names it by."""
+    return model_digest(checkpoint.fingerprint, checkpoint.weights)
 
 
 class JobStages:
