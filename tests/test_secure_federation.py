@@ -12,6 +12,7 @@ from federation import federation, shares
 from numpy.testing import assert_array_equal
 from recording import install
 
+from fedfin.audit.events import JobEnded
 from fedfin.privacy.encoding import Layout, Segment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -114,8 +115,8 @@ def test_a_dealer_of_no_secret_ends_the_job_and_every_lender_has_what_it_did_not
         assert (job["state"], job["goes_on"], job["round"]) == ("failed", False, 1)
         assert list(job["refused"]) == ["bank-f"]
         for name in NAMES:
-            (line,) = built.journal(name, "job_ended")
-            assert line["status"] == "abandoned"
+            (entry,) = built.journal(name, JobEnded)
+            assert entry.status == "abandoned"
             lender = json.loads(
                 built.fedfin("client", "status", "--config", built.bank(name), "--json").stdout
             )
