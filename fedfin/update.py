@@ -328,8 +328,7 @@ def with_witness(data: bytes, witness: str) -> bytes:
     if witness:
         header["fields"][_WITNESS] = witness
     text = json.dumps(header, separators=(",", ":")).encode()
-    # the magic as it came: what was no message stays none
-    return b"".join([data[:4], struct.pack("<I", len(text)), text, memoryview(data)[8 + length :]])
+    return b"".join([_MAGIC, struct.pack("<I", len(text)), text, memoryview(data)[8 + length :]])
 
 
 def decode(data: bytes, *expected: type[MessageT]) -> MessageT:

@@ -1,7 +1,6 @@
 """A lender's folder for tests, without a coordinator: real loans, real keys, a plan of a few steps."""
 
 import hashlib
-import struct
 from pathlib import Path
 
 import pandas as pd
@@ -17,9 +16,10 @@ from fedfin.client.lender import Lender
 from fedfin.credit.binning import bins_from_histogram
 from fedfin.credit.models import architecture_of, initial_weights, model_fingerprint
 from fedfin.credit.schema import Schema
+from fedfin.errors import LinkError
 from fedfin.identity import create_lender_keys, save_lender_keys
 from fedfin.plan import CohortPlan, EvaluationPlan, JobPlan, PrivacyPlan, TrainingPlan
-from fedfin.update import Histogram, Propose, Train, decode, encode, with_witness
+from fedfin.update import Histogram, Message, Propose, Train, decode, encode, with_witness
 from fedfin.witness import Shown
 
 PLAN = JobPlan(
@@ -74,10 +74,10 @@ class AskedLender(Lender):
 
     def answer(self, data: bytes) -> bytes:
         try:
-            asked = with_witness(data, first_checkpoint())
-        except (KeyError, TypeError, ValueError, struct.error, AttributeError):
-            asked = data  # what is no message shows no log
-        return with_witness(super().answer(asked), "")
+            decode(data, *Message.__subclasses__())
+        except LinkError:
+            return super().answer(data)  # what is no message shows no log, and is not made one
+        return with_witness(super().answer(with_witness(data, first_checkpoint())), "")
 
 
 def open_lender(bank: Path) -> Lender:
